@@ -1,0 +1,7 @@
+"""Nadam for JAX and Optax: every framework's, from one exact update."""
+
+from optax_nadam._config import NadamConfig as NadamConfig
+from optax_nadam._nadam import ScaleByNadamState as ScaleByNadamState
+from optax_nadam._nadam import nadam as nadam
+from optax_nadam._nadam import nadamw as nadamw
+from optax_nadam._nadam import scale_by_nadam as scale_by_nadam

@@ -1,0 +1,1 @@
+"""Tests of optax_nadam; ``reference.py`` is the oracle."""

@@ -1,0 +1,61 @@
+"""Nadam in NumPy, from the formulas alone: the oracle of the tests and of ``benchmarks/precision.py``.
+
+Plain, slow and in double precision (or in ``np.longdouble``, where arrays of it are passed). It shares nothing
+with the package.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RULES = ("scheduled", "constant", "simplified", "dozat2016")
+
+
+@dataclass(frozen=True)
+class Nadam:
+    """The hyperparameters of one dialect."""
+
+    rule: str = "scheduled"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-7
+    eps_root: float = 0.0
+    momentum_decay: float = 4e-3
+
+    def mu(self, t):
+        """Momentum at step t."""
+        if self.rule in ("constant", "simplified"):
+            return self.b1 + 0.0 * t
+        return self.b1 * (1 - 0.5 * 0.96 ** (self.momentum_decay * t))
+
+    def mu_product(self, t):
+        """The product of mu_1 to mu_t; it has long vanished after 10^5 steps."""
+        return np.prod([self.mu(np.longdouble(i)) for i in range(1, min(t, 100_000) + 1)])
+
+    def step(self, g, m, v, t, mu_product):
+        """Step t: the update, the new moments and the new product, from those of step t - 1."""
+        b1, b2, mu, mu_next = self.b1, self.b2, self.mu(t), self.mu(t + 1)
+        product = mu_product * mu
+        a = mu if self.rule == "dozat2016" else b1
+        m = a * m + (1 - a) * g
+        v = b2 * v + (1 - b2) * np.abs(g) ** 2
+        g_hat = g / (1 - product)
+        m_hat = m / (1 - product) if self.rule == "simplified" else m / (1 - product * mu_next)
+        v_hat = v / _one_minus_power(b2, t)
+        if self.rule == "dozat2016":
+            v_hat = b2 * v_hat
+        m_bar = (1 - mu) * g_hat + mu_next * m_hat
+        return m_bar / (np.sqrt(v_hat + self.eps_root) + self.eps), m, v, product
+
+    def trajectory(self, p, grads, learning_rate, weight_decay=0.0):
+        """The parameters after each step, from zero moments, with decoupled weight decay."""
+        m, v, product, out = np.zeros_like(p), np.zeros_like(np.abs(p)), 1.0, []
+        for t, g in enumerate(grads, start=1):
+            u, m, v, product = self.step(g, m, v, t, product)
+            p = p - learning_rate * (u + weight_decay * p)
+            out.append(p)
+        return np.stack(out)
+
+
+def _one_minus_power(b, t):
+    return -np.expm1(t * np.log1p(np.longdouble(b) - 1)) if b else 1.0
