@@ -145,9 +145,11 @@ def _inverse_time_decay(learning_rate: float, decay: float) -> optax.Schedule:
 
 def _clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     """Clips each leaf by its own norm, which is taken in at least float32."""
+    clip = optax.clip_by_global_norm(max_norm)
 
-    def clip(g: jax.Array) -> jax.Array:
+    def clip_leaf(g: jax.Array) -> jax.Array:
         wide = g.astype(with_parts(real_dtype(g), g))
-        return optax.projections.projection_l2_ball(wide, max_norm).astype(g.dtype)
+        clipped, _ = clip.update(wide, clip.init(wide))
+        return clipped.astype(g.dtype)
 
-    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
+    return optax.stateless(lambda updates, params: jax.tree.map(clip_leaf, updates))

@@ -91,10 +91,10 @@ def scale_by_nadam(
       them if given) and extra arguments.
 
     Raises:
-      ValueError: a number out of range or an unknown rule, at once; gradients or params whose structure or
-        shapes are not those the state was made for, while ``update`` is traced.
-      TypeError: a hyperparameter that is no number, at once; an integer, boolean or non-array leaf, complex
-        mixed with real, or another optimizer's state, while ``init`` or ``update`` is traced.
+      ValueError: a number out of range or an unknown rule, at once; another optimizer's state, and gradients or
+        params whose structure or shapes are not those the state was made for, while ``update`` is traced.
+      TypeError: a hyperparameter that is no number, at once; an integer, boolean or non-array leaf, and complex
+        mixed with real, while ``init`` or ``update`` is traced.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -178,7 +178,8 @@ def _abs_squared(x: jax.Array) -> jax.Array:
 
 def _unzip(like: Any, tree_of_triples: Any) -> tuple[Any, Any, Any]:
     """A tree of triples as a triple of trees."""
-    return jax.tree.transpose(jax.tree.structure(like), jax.tree.structure((0, 0, 0)), tree_of_triples)
+    first, second, third = (jax.tree.map(lambda _, triple, i=i: triple[i], like, tree_of_triples) for i in range(3))
+    return first, second, third
 
 
 def nadam(
@@ -218,8 +219,7 @@ def nadam(
 
     Raises:
       ValueError: as :func:`scale_by_nadam`, and for a learning rate that is not finite.
-      TypeError: as :func:`scale_by_nadam`, for a learning rate that is no number, array or schedule, and for the
-        state of another chain.
+      TypeError: as :func:`scale_by_nadam`, and for a learning rate that is no number, array or schedule.
 
     Examples:
       >>> import jax, jax.numpy as jnp

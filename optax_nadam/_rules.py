@@ -129,7 +129,9 @@ def _coefficients(
     arrays: dict[str, ArrayLike],
 ) -> tuple[Coefficients, jax.Array]:
     dtype = scalar_dtype()
-    h = Hyperparameters(**dict(constants), **{k: jnp.asarray(x, dtype) for k, x in arrays.items()})
+    # optax.inject_hyperparams makes numbers complex where the params are.
+    scalars = {k: jnp.real(x).astype(dtype) for k, x in arrays.items()}
+    h = Hyperparameters(**dict(constants), **scalars)
     t, previous = step.astype(dtype), mu_product.astype(dtype)
 
     mu, next_mu = momentum_at(t, h, rule), momentum_at(t + 1, h, rule)

@@ -5,7 +5,7 @@ traced: before any number changes, and at no cost in the compiled step. Traced v
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -107,10 +107,9 @@ def check_plain(name: str, value: Any, kind: type) -> None:
         raise TypeError(f"{name} must be {described}, got {value!r}.")
 
 
-def check_names(what: str, got: Iterable[str], expected: Iterable[str]) -> None:
+def check_names(what: str, got: Collection[str], expected: Collection[str]) -> None:
     """Rejects a mapping that lacks a name or has one too many."""
-    got, expected = list(got), list(expected)
-    missing, unknown = [n for n in expected if n not in got], [n for n in got if n not in expected]
+    missing, unknown = _only_in(expected, got), _only_in(got, expected)
     if missing or unknown:
         raise ValueError(f"{what} fields do not fit: {_both('missing', missing, 'unknown', unknown)}.")
 
@@ -145,7 +144,7 @@ def check_leaves(name: str, tree: Any) -> None:
 def check_state(name: str, state: Any, expected: type) -> None:
     """Rejects the state of another optimizer."""
     if not isinstance(state, expected):
-        raise TypeError(_STATE.format(name=name, got=type(state).__name__, expected=expected.__name__))
+        raise ValueError(_STATE.format(name=name, got=type(state).__name__, expected=expected.__name__))
 
 
 def check_chain_state(name: str, state: Any, first: type, length: int) -> None:
@@ -153,7 +152,7 @@ def check_chain_state(name: str, state: Any, first: type, length: int) -> None:
     got = tuple(type(link).__name__ for link in state) if isinstance(state, tuple) else type(state).__name__
     if not isinstance(state, tuple) or len(state) != length or not isinstance(state[0], first):
         expected = f"{length} states, {first.__name__} in front"
-        raise TypeError(_STATE.format(name=name, got=got, expected=expected))
+        raise ValueError(_STATE.format(name=name, got=got, expected=expected))
 
 
 def check_like_state(name: str, tree: Any, moments: Any) -> None:
@@ -182,9 +181,14 @@ def _difference(tree: Any, moments: Any) -> str:
     got, expected = (
         [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(t)] for t in (tree, moments)
     )
-    missing, extra = [p for p in expected if p not in got], [p for p in got if p not in expected]
+    missing, extra = _only_in(expected, got), _only_in(got, expected)
     containers = f"{jax.tree.structure(tree)} in place of {jax.tree.structure(moments)}"
     return _both("missing", missing, "unexpected", extra) or containers
+
+
+def _only_in(names: Collection[str], others: Collection[str]) -> list[str]:
+    known = set(others)
+    return [name for name in names if name not in known]
 
 
 def _both(first: str, firsts: list[str], second: str, seconds: list[str]) -> str:

@@ -47,14 +47,13 @@ class Nadam:
         m_bar = (1 - mu) * g_hat + mu_next * m_hat
         return m_bar / (np.sqrt(v_hat + self.eps_root) + self.eps), m, v, product
 
-    def trajectory(self, p, grads, learning_rate, weight_decay=0.0):
-        """The parameters after each step, from zero moments, with decoupled weight decay."""
-        m, v, product, out = np.zeros_like(p), np.zeros_like(np.abs(p)), 1.0, []
+    def updates(self, grads):
+        """The updates of all steps from zero moments, and the last m, v and product of the momenta."""
+        m, v, product, out = 0 * grads[0], 0 * np.abs(grads[0]), 1.0, []
         for t, g in enumerate(grads, start=1):
             u, m, v, product = self.step(g, m, v, t, product)
-            p = p - learning_rate * (u + weight_decay * p)
-            out.append(p)
-        return np.stack(out)
+            out.append(u)
+        return np.stack(out), m, v, product
 
 
 def _one_minus_power(b, t):

@@ -1,0 +1,29 @@
+"""Strictness for every test, and the few things that tests share."""
+
+import jax
+import numpy as np
+import pytest
+
+STRICT = {"jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": "raise", "jax_enable_x64": False}
+
+
+@pytest.fixture(autouse=True)
+def configuration(request):
+    """Strict promotion; ``lenient`` tests call other people's code that needs it lax, ``x64`` ones need float64."""
+    wanted = dict(STRICT)
+    if request.node.get_closest_marker("lenient"):
+        wanted |= {"jax_numpy_dtype_promotion": "standard", "jax_numpy_rank_promotion": "allow"}
+    if request.node.get_closest_marker("x64"):
+        wanted["jax_enable_x64"] = True
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def rng():
+    """A generator with a fixed seed."""
+    return np.random.default_rng(20261122)

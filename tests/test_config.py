@@ -1,0 +1,172 @@
+"""NadamConfig: its way through JSON, its errors, and what it builds."""
+
+import dataclasses
+import json
+import re
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+from optax_nadam import NadamConfig, nadam, nadamw
+from tests.reference import Nadam
+
+EVERY_FIELD_CHANGED = NadamConfig(
+    learning_rate=0.02,
+    b1=0.85,
+    b2=0.99,
+    eps=1e-6,
+    eps_root=1e-12,
+    momentum_decay=0.5,
+    rule="dozat2016",
+    weight_decay=0.1,
+    coupled_weight_decay=True,
+    decay=0.25,
+    clip_value=0.9,
+    clip_norm=1.5,
+    clip_global_norm=2.0,
+    m_dtype="float32",
+    v_dtype="float32",
+)
+
+
+def run(tx, params, grads):
+    """The parameters after each step."""
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    return jax.lax.scan(step, (params, tx.init(params)), grads)[1]
+
+
+def problem(rng, steps=20):
+    params = {"a": jnp.asarray(rng.normal(size=(4, 3)), jnp.float32), "b": jnp.asarray(rng.normal(size=5), jnp.float32)}
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=(steps, *p.shape)), jnp.float32), params)
+    return params, grads
+
+
+def test_the_example_changes_every_field():
+    for field in dataclasses.fields(NadamConfig):
+        assert getattr(EVERY_FIELD_CHANGED, field.name) != field.default, field.name
+
+
+@pytest.mark.parametrize("config", [NadamConfig(), EVERY_FIELD_CHANGED], ids=["defaults", "all changed"])
+def test_it_survives_json(config):
+    assert NadamConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_numbers_of_all_kinds_become_python_floats():
+    config = NadamConfig(learning_rate=1, b2=np.float32(0.5), clip_norm=np.int64(3))
+    assert [type(x) for x in (config.learning_rate, config.b2, config.clip_norm)] == [float] * 3
+    assert config == NadamConfig(learning_rate=1.0, b2=0.5, clip_norm=3.0)
+
+
+def test_it_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        NadamConfig().b1 = 0.5  # type: ignore[misc]  # the assignment is what is tested
+
+
+def test_unknown_and_missing_names_are_rejected_by_name():
+    fields = NadamConfig().to_dict()
+    with pytest.raises(ValueError, match=r"NadamConfig.*unknown beta_1"):
+        NadamConfig.from_dict(fields | {"beta_1": 0.9})
+    del fields["b1"], fields["decay"]
+    with pytest.raises(ValueError, match=r"NadamConfig.*missing b1, decay"):
+        NadamConfig.from_dict(fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "text"),
+    [
+        ("learning_rate", optax.constant_schedule(1.0), TypeError, "must be a number"),
+        ("learning_rate", jnp.float32(1.0), TypeError, "must be a number"),
+        ("learning_rate", float("inf"), ValueError, "must be finite"),
+        ("b1", None, TypeError, "must be a number, got None"),
+        ("b1", True, TypeError, "must be a number, got True"),
+        ("eps", "1e-7", TypeError, "must be a number, got '1e-7'"),
+        ("rule", 3, TypeError, "must be a string, got 3"),
+        ("coupled_weight_decay", 1, TypeError, "must be True or False, got 1"),
+        ("weight_decay", -1.0, ValueError, "must be finite and not negative, got -1.0"),
+        ("decay", -1.0, ValueError, "must be finite and not negative, got -1.0"),
+        ("clip_value", 0.0, ValueError, "must be finite and positive, got 0.0"),
+        ("clip_norm", -1.0, ValueError, "must be finite and positive, got -1.0"),
+        ("clip_global_norm", float("nan"), ValueError, "must be finite and positive, got nan"),
+        ("m_dtype", "float16", ValueError, "must be None, float32 or float64, got 'float16'"),
+        ("v_dtype", jnp.float32, TypeError, "must be a string"),
+    ],
+)
+def test_bad_fields(name, value, kind, text):
+    with pytest.raises(kind, match=f"{name} .*{re.escape(text)}"):
+        NadamConfig(**{name: value})
+
+
+def test_the_default_builds_nadam_and_weight_decay_nadamw(rng):
+    params, grads = problem(rng)
+    chex.assert_trees_all_equal(run(NadamConfig().build(), params, grads), run(nadam(), params, grads))
+    decayed = NadamConfig(weight_decay=0.1, learning_rate=0.1)
+    chex.assert_trees_all_equal(run(decayed.build(), params, grads), run(nadamw(0.1, weight_decay=0.1), params, grads))
+
+
+def test_every_hyperparameter_reaches_the_update(rng):
+    params, grads = problem(rng)
+    h = {"b1": 0.85, "b2": 0.99, "eps": 1e-3, "eps_root": 1e-3, "momentum_decay": 0.5, "rule": "dozat2016"}
+    got = run(NadamConfig(learning_rate=0.02, **h).build(), params, grads)
+    for name in params:
+        updates, *_ = Nadam(**h).updates(np.asarray(grads[name], np.float64))
+        expected = np.asarray(params[name], np.float64) - 0.02 * np.cumsum(updates, axis=0)
+        np.testing.assert_allclose(got[name], expected, atol=2e-6)
+
+
+def test_clips_come_by_value_then_by_leaf_then_globally(rng):
+    params, grads = problem(rng)
+    grads = jax.tree.map(lambda g: 3 * g, grads)
+
+    def clipped(g):
+        g = {name: np.clip(np.asarray(x, np.float64), -0.9, 0.9) for name, x in g.items()}
+        g = {name: x * min(1, 1.5 / np.linalg.norm(x)) for name, x in g.items()}
+        total = np.sqrt(sum(np.sum(x**2) for x in g.values()))
+        return {name: x * min(1, 2.0 / total) for name, x in g.items()}
+
+    by_hand = [clipped(jax.tree.map(lambda g, t=t: g[t], grads)) for t in range(20)]
+    by_hand = jax.tree.map(lambda *g: jnp.asarray(np.stack(g), jnp.float32), *by_hand)
+    got = run(NadamConfig(clip_value=0.9, clip_norm=1.5, clip_global_norm=2.0).build(), params, grads)
+    chex.assert_trees_all_close(got, run(nadam(), params, by_hand), atol=1e-6)
+
+
+def test_clip_by_norm_leaves_small_gradients_and_zeros_alone():
+    tx = NadamConfig(clip_norm=5.0).build()
+    for g in (jnp.zeros(3), jnp.asarray([3.0, 0.0, 4.0]), jnp.asarray([300.0, -300.0, 0.0], jnp.float16)):
+        _, (_, (state, _)) = tx.update(g, tx.init(g))
+        expected = 0.1 * g.astype(jnp.float32) * min(1.0, 5.0 / max(5.0, float(jnp.linalg.norm(g.astype(float)))))
+        np.testing.assert_allclose(state.m, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_weight_decay_is_coupled_or_not(rng, coupled):
+    params, grads = problem(rng, 1)
+    got = run(NadamConfig(weight_decay=0.5, coupled_weight_decay=coupled).build(), params, grads)
+    for name, p in params.items():
+        p, g = np.asarray(p, np.float64), np.asarray(grads[name], np.float64)
+        u, *_ = Nadam().updates(g + 0.5 * p * coupled)
+        np.testing.assert_allclose(got[name][0], p - 1e-3 * (u[0] + 0.5 * p * (not coupled)), atol=2e-7)
+
+
+def test_coupled_weight_decay_is_that_of_torch():
+    got = run(
+        NadamConfig(learning_rate=0.01, eps=1e-8, weight_decay=0.1, coupled_weight_decay=True).build(),
+        jnp.float32(1.0),
+        jnp.asarray([0.5, -0.25, 0.1]),
+    )
+    # torch.optim.NAdam(lr=.01, weight_decay=.1) on the same gradients, in float32.
+    np.testing.assert_allclose(got, [0.98943549, 0.99137628, 0.98747730], atol=2e-7)
+
+
+def test_decay_divides_the_learning_rate_by_the_steps_taken():
+    u = jnp.diff(run(NadamConfig(decay=0.5, b1=0.0).build(), jnp.float32(0.0), jnp.ones(4)), prepend=0.0)
+    np.testing.assert_allclose(u, -1e-3 / (1 + 0.5 * np.arange(4)), rtol=1e-5)

@@ -1,0 +1,306 @@
+"""The update: its values, its dtypes, its state."""
+
+import inspect
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+import optax_nadam
+from optax_nadam import nadam, nadamw, scale_by_nadam
+from tests.reference import RULES, Nadam
+
+ALL_RULES = pytest.mark.parametrize("rule", RULES)
+
+
+def random_hyperparameters(rng, rule):
+    return Nadam(
+        rule,
+        b1=rng.uniform(0.0, 0.98),
+        b2=1 - 10 ** rng.uniform(-5, -0.3),
+        eps=10 ** rng.uniform(-8, -3),
+        eps_root=rng.choice([0.0, 1e-8]),
+        momentum_decay=10 ** rng.uniform(-3, 0),
+    )
+
+
+def build(reference, **keywords):
+    h = {name: getattr(reference, name) for name in ("b1", "b2", "eps", "eps_root", "momentum_decay", "rule")}
+    return scale_by_nadam(**h, **keywords)
+
+
+def relative_error(got, expected):
+    got, expected = np.asarray(got, expected.dtype), np.asarray(expected)
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def state_before(t, m, v, mu_product):
+    return optax_nadam.ScaleByNadamState(
+        jnp.int32(t - 1), jnp.asarray(mu_product, float), jnp.asarray(m), jnp.asarray(v)
+    )
+
+
+# One scalar parameter that starts at 1, gradients .5, -.25, .1, learning rate .01: what the frameworks themselves
+# give in float32, and for Dozat what float64 gives from the paper's formula.
+PUBLISHED = {
+    "tf.keras legacy": (nadam, {}, (0.98943549, 0.99354661, 0.99129963)),
+    "Keras 3": (nadam, {"momentum_decay": 1.0}, (0.98937213, 0.99329805, 0.99111259)),
+    "Keras 3, weight decay": (
+        nadamw,
+        {"momentum_decay": 1.0, "weight_decay": 0.1},
+        (0.98837215, 0.99130970, 0.98813295),
+    ),
+    "torch": (nadam, {"eps": 1e-8}, (0.98943549, 0.99354661, 0.99129969)),
+    "torch, decoupled weight decay": (
+        nadamw,
+        {"eps": 1e-8, "weight_decay": 0.1},
+        (0.98843551, 0.99155819, 0.98831975),
+    ),
+    "torch, momentum_decay=0": (nadam, {"eps": 1e-8, "momentum_decay": 0}, (0.98943573, 0.99354756, 0.99130028)),
+    "torch, momentum_decay=1": (nadam, {"eps": 1e-8, "momentum_decay": 1}, (0.98937213, 0.99329811, 0.99111265)),
+    "timm": (nadam, {"eps": 1e-8, "rule": "simplified"}, (0.98100001, 0.98193216, 0.97796911)),
+    "AlgoPerf": (nadam, {"eps": 1e-8, "rule": "simplified"}, (0.98100013, 0.98193228, 0.97796929)),
+    "optax.nadam": (nadam, {"eps": 1e-8, "rule": "constant"}, (0.98526323, 0.98691183, 0.98355019)),
+    "Dozat 2016": (nadam, {"eps": 1e-8, "rule": "dozat2016"}, (0.98688901, 0.99142467, 0.98887820)),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_the_framework(name):
+    make, keywords, expected = PUBLISHED[name]
+    tx = make(0.01, **keywords)
+    p, got = jnp.float32(1.0), []
+    state = tx.init(p)
+    for g in (0.5, -0.25, 0.1):
+        updates, state = tx.update(jnp.float32(g), state, p)
+        p = optax.apply_updates(p, updates)
+        got.append(float(p))
+    # The frameworks' own float32 is up to three units in the last place of 1 off the formula.
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-7)
+
+
+SHAPES = {"scalar": (), "vector": (7,), "nested": [(3, 5), (2, 1, 4)]}
+
+
+def random_gradients(rng, steps):
+    """A tree of float32 gradients with a leading axis of steps, leaf by leaf of another magnitude."""
+
+    def leaf(shape):
+        return (rng.normal(size=(steps, *shape)) * 10 ** rng.uniform(-3, 1)).astype(np.float32)
+
+    return jax.tree.map(leaf, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
+
+
+@ALL_RULES
+@pytest.mark.parametrize("draw", range(4))
+def test_trees_follow_the_reference_for_1000_steps(rule, draw):
+    rng = np.random.default_rng([RULES.index(rule), draw])
+    reference, grads = random_hyperparameters(rng, rule), random_gradients(rng, 1000)
+    tx = build(reference)
+    state = tx.init(jax.tree.map(lambda g: jnp.asarray(g[0]), grads))
+    state, updates = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], state, jax.tree.map(jnp.asarray, grads))
+
+    for g, u, m, v in zip(*map(jax.tree.leaves, (grads, updates, state.m, state.v)), strict=True):
+        expected, m_expected, v_expected, product = reference.updates(g.astype(np.float64))
+        # Float32 rounds a moment once a step, and a moment remembers 1/(1-b) steps: a random walk of 1e-7 each.
+        assert relative_error(u, expected) < 1e-6
+        assert relative_error(m, m_expected) < 1e-6
+        assert relative_error(v, v_expected) < 1e-6
+        np.testing.assert_allclose(state.mu_product, product, rtol=1e-4, atol=1e-30)
+    assert state.count == 1000
+
+
+@ALL_RULES
+@pytest.mark.parametrize("b2", [0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999])
+@pytest.mark.parametrize("t", [1, 2, 3, 5, 10, 100, 1_000, 10_000, 100_000, 10_000_000])
+def test_one_update_is_right_to_3e_7(rng, rule, b2, t):
+    reference = Nadam(rule, b2=b2)
+    g, m, v = random_leaf(rng, b2, t, np.float32)
+    product = reference.mu_product(t - 1)
+    u, _ = build(reference).update(jnp.asarray(g), state_before(t, m, v, product))
+    expected, *_ = reference.step(*(x.astype(np.float64) for x in (g, m, v)), t, product)
+    assert relative_error(u, expected) <= 3e-7
+
+
+@ALL_RULES
+@pytest.mark.parametrize("t", [1, 2, 10, 1_000, 100_000, 10_000_000])
+def test_one_update_is_right_to_3e_7_with_traced_hyperparameters(rng, rule, t):
+    h = {"b1": 0.9, "b2": 0.999, "eps": 1e-7, "momentum_decay": 4e-3}
+    h = {name: jnp.float32(x) for name, x in h.items()}
+    reference = Nadam(rule, **{name: float(x) for name, x in h.items()})
+    g, m, v = random_leaf(rng, reference.b2, t, np.float32)
+    product = reference.mu_product(t - 1)
+
+    @jax.jit
+    def update(g, state, h):
+        return scale_by_nadam(**h, rule=rule).update(g, state)[0]
+
+    u = update(jnp.asarray(g), state_before(t, m, v, product), h)
+    expected, *_ = reference.step(*(x.astype(np.float64) for x in (g, m, v)), t, product)
+    assert relative_error(u, expected) <= 3e-7
+
+
+@ALL_RULES
+@pytest.mark.x64
+@pytest.mark.parametrize("b2", [0.5, 0.999, 0.99999])
+@pytest.mark.parametrize("t", [1, 2, 10, 1_000, 10_000_000])
+def test_one_update_of_a_float64_leaf_is_right_to_1e_14(rng, rule, b2, t):
+    reference = Nadam(rule, b2=b2)
+    g, m, v = random_leaf(rng, b2, t, np.float64)
+    product = reference.mu_product(t - 1)
+    u, state = build(reference).update(jnp.asarray(g), state_before(t, m, v, product))
+    expected, *_ = reference.step(*(x.astype(np.longdouble) for x in (g, m, v)), t, product)
+    chex.assert_type([u, state.m, state.v, state.mu_product], jnp.float64)
+    assert relative_error(u, expected) <= 1e-14
+
+
+@pytest.mark.x64
+def test_float32_and_float64_leaves_stand_side_by_side(rng):
+    params = {"single": jnp.ones(3, jnp.float32), "double": jnp.ones(3, jnp.float64)}
+    grads = {"single": rng.normal(size=3).astype(np.float32), "double": rng.normal(size=3)}
+    tx = scale_by_nadam()
+    updates, state = tx.update(jax.tree.map(jnp.asarray, grads), tx.init(params))
+    for name, bound in (("single", 3e-7), ("double", 1e-14)):
+        chex.assert_type([updates[name], state.m[name], state.v[name]], params[name].dtype)
+        expected, *_ = Nadam().updates(grads[name][None].astype(np.longdouble))
+        assert relative_error(updates[name], expected[0]) <= bound
+
+
+def random_leaf(rng, b2, t, dtype):
+    """A leaf of 4096 gradients, and the moments of a run of t - 1 steps on such gradients."""
+    g, m, v = rng.normal(size=4096), 0.3 * rng.normal(size=4096), rng.random(4096) * (1 - b2 ** (t - 1))
+    return g.astype(dtype), (m * (t > 1)).astype(dtype), v.astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_narrow_leaves_have_float32_moments_and_their_own_dtype_in_updates(rng, dtype):
+    g = jnp.asarray(rng.normal(size=100), dtype)
+    tx = scale_by_nadam()
+    u, state = tx.update(g, tx.init(g))
+    chex.assert_type([state.m, state.v], jnp.float32)
+    chex.assert_type(u, dtype)
+    expected, *_ = Nadam().updates(np.asarray(g, np.float64)[None])
+    np.testing.assert_allclose(np.asarray(u, np.float64), expected[0], rtol=float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.complex64])
+@ALL_RULES
+def test_zero_gradients_give_zero_updates(rule, dtype):
+    g = jnp.zeros(3, dtype)
+    tx = scale_by_nadam(rule=rule)
+    state = tx.init(g)
+    for _ in range(3):
+        u, state = tx.update(g, state)
+        chex.assert_trees_all_equal(u, g)
+
+
+def test_v_of_bfloat16_leaves_decays():
+    tx = scale_by_nadam()
+    grads = jnp.concatenate([jnp.ones(200, jnp.bfloat16), jnp.zeros(2000, jnp.bfloat16)])
+    state, _ = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(grads[0]), grads)
+    np.testing.assert_allclose(state.v, (1 - 0.999**200) * 0.999**2000, rtol=1e-4)
+
+
+@ALL_RULES
+def test_complex_leaves_have_a_real_v_and_follow_the_reference(rng, rule):
+    g = rng.normal(size=(50, 8)) + 1j * rng.normal(size=(50, 8))
+    g[:, 0] *= 1e-12
+    tx = scale_by_nadam(rule=rule, eps=1e-20)
+    grads = jnp.asarray(g, jnp.complex64)
+    state, u = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(grads[0]), grads)
+    chex.assert_type([u, state.m, state.v], [jnp.complex64, jnp.complex64, jnp.float32])
+    expected, *_ = Nadam(rule, eps=1e-20).updates(np.asarray(grads, np.complex128))
+    assert relative_error(u, expected) < 1e-6
+    assert relative_error(u[:, 0], expected[:, 0]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", jnp.float32])
+@pytest.mark.x64
+def test_moment_dtypes_can_be_chosen(dtype):
+    params = {"real": jnp.ones(3, jnp.float64), "complex": jnp.ones(3, jnp.complex128)}
+    tx = scale_by_nadam(m_dtype=dtype, v_dtype="float64")
+    updates, state = tx.update(params, tx.init(params))
+    chex.assert_type([state.m["real"], state.m["complex"]], [jnp.float32, jnp.complex64])
+    chex.assert_type([state.v["real"], state.v["complex"]], jnp.float64)
+    expected, *_ = Nadam().updates(np.ones((1, 3), np.longdouble))
+    chex.assert_trees_all_close(updates["real"], np.asarray(expected[0], float), rtol=1e-14)
+
+
+def test_state_is_the_documented_pytree():
+    params = {"w": jnp.ones((2, 3), jnp.bfloat16), "none": None}
+    state = scale_by_nadam().init(params)
+    assert state._fields == ("count", "mu_product", "m", "v")
+    chex.assert_shape([state.count, state.mu_product, state.m["w"], state.v["w"]], [(), (), (2, 3), (2, 3)])
+    chex.assert_type([state.count, state.mu_product, state.m["w"], state.v["w"]], [jnp.int32, *3 * [jnp.float32]])
+    assert state.m["none"] is None
+    assert state.count == 0
+    assert state.mu_product == 1
+
+
+def test_count_stops_at_the_largest_int32():
+    tx, g = scale_by_nadam(), jnp.float32(1.0)
+    state = tx.init(g)._replace(count=jnp.int32(2**31 - 2), mu_product=jnp.float32(0.0))
+    for _ in range(3):
+        u, state = tx.update(g, state)
+        assert state.count == 2**31 - 1
+        assert jnp.isfinite(u)
+
+
+def test_b2_zero_and_b1_zero_give_the_sign_of_the_gradient(rng):
+    g = jnp.asarray(rng.normal(size=(20, 50)) * 10.0 ** rng.integers(-6, 3, size=(20, 50)), jnp.float32)
+    tx = scale_by_nadam(b1=0.0, b2=0.0, eps=0.0)
+    _, u = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(g[0]), g)
+    chex.assert_trees_all_close(u, jnp.sign(g), rtol=3e-7)
+
+
+@pytest.mark.parametrize("make", [nadam, nadamw])
+def test_learning_rate_may_be_a_number_an_array_or_a_schedule(make):
+    params = jnp.asarray([1.0, -2.0])
+    results = []
+    for rate in (0.5, jnp.float32(0.5), lambda count: jnp.where(count == 0, 0.5, jnp.nan)):
+        tx = make(rate)
+        results.append(tx.update(params, tx.init(params), params)[0])
+    chex.assert_trees_all_equal(*results)
+
+
+def test_schedules_count_from_zero():
+    tx, p = nadam(lambda count: count.astype(float)), jnp.float32(1.0)
+    updates, state = tx.update(p, tx.init(p))
+    assert updates == 0
+    assert tx.update(p, state)[0] < 0
+
+
+def test_weight_decay_is_decoupled_and_masked():
+    params = {"kernel": jnp.asarray([2.0, -3.0]), "bias": jnp.asarray([1.0])}
+    grads = jax.tree.map(jnp.ones_like, params)
+    plain, decayed = nadam(0.1), nadamw(0.1, weight_decay=0.25, mask=lambda p: {"kernel": True, "bias": False})
+    u, _ = plain.update(grads, plain.init(params), params)
+    u_decayed, state = decayed.update(grads, decayed.init(params), params)
+    chex.assert_trees_all_close(u_decayed["kernel"], u["kernel"] - 0.1 * 0.25 * params["kernel"], rtol=1e-6)
+    chex.assert_trees_all_equal(u_decayed["bias"], u["bias"])
+    chex.assert_trees_all_equal(state[0].v, scale_by_nadam().update(grads, scale_by_nadam().init(params))[1].v)
+
+
+HYPERPARAMETERS = {"b1": 0.9, "b2": 0.999, "eps": 1e-7, "eps_root": 0.0}
+KEYWORD_ONLY = {"momentum_decay": 4e-3, "rule": "scheduled", "m_dtype": None, "v_dtype": None}
+
+
+@pytest.mark.parametrize(
+    ("make", "positional", "keyword_only"),
+    [
+        (scale_by_nadam, HYPERPARAMETERS, KEYWORD_ONLY),
+        (nadam, {"learning_rate": 1e-3} | HYPERPARAMETERS, KEYWORD_ONLY),
+        (nadamw, {"learning_rate": 1e-3} | HYPERPARAMETERS, KEYWORD_ONLY | {"weight_decay": 1e-4, "mask": None}),
+    ],
+)
+def test_signatures_are_the_published_ones(make, positional, keyword_only):
+    parameters = inspect.signature(make).parameters.values()
+    by_kind = {kind: {p.name: p.default for p in parameters if p.kind is kind} for kind in {p.kind for p in parameters}}
+    assert by_kind == {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD: positional,
+        inspect.Parameter.KEYWORD_ONLY: keyword_only,
+    }
+    assert list(by_kind[inspect.Parameter.POSITIONAL_OR_KEYWORD]) == list(positional)
