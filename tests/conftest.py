@@ -1,5 +1,6 @@
 """Strictness for every test, and the few things that tests share."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ def configuration(request):
     before = {name: getattr(jax.config, name) for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
+    chex.clear_trace_counter()
     yield
     for name, value in before.items():
         jax.config.update(name, value)

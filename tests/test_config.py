@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from typing import Any
 
 import chex
 import jax
@@ -62,7 +63,8 @@ def test_it_survives_json(config):
 
 
 def test_numbers_of_all_kinds_become_python_floats():
-    config = NadamConfig(learning_rate=1, b2=np.float32(0.5), clip_norm=np.int64(3))
+    numbers: dict[str, Any] = {"learning_rate": 1, "b2": np.float32(0.5), "clip_norm": np.int64(3)}
+    config = NadamConfig(**numbers)
     assert [type(x) for x in (config.learning_rate, config.b2, config.clip_norm)] == [float] * 3
     assert config == NadamConfig(learning_rate=1.0, b2=0.5, clip_norm=3.0)
 
@@ -115,7 +117,14 @@ def test_the_default_builds_nadam_and_weight_decay_nadamw(rng):
 
 def test_every_hyperparameter_reaches_the_update(rng):
     params, grads = problem(rng)
-    h = {"b1": 0.85, "b2": 0.99, "eps": 1e-3, "eps_root": 1e-3, "momentum_decay": 0.5, "rule": "dozat2016"}
+    h: dict[str, Any] = {
+        "b1": 0.85,
+        "b2": 0.99,
+        "eps": 1e-3,
+        "eps_root": 1e-3,
+        "momentum_decay": 0.5,
+        "rule": "dozat2016",
+    }
     got = run(NadamConfig(learning_rate=0.02, **h).build(), params, grads)
     for name in params:
         updates, *_ = Nadam(**h).updates(np.asarray(grads[name], np.float64))
