@@ -8,6 +8,18 @@ import pytest
 STRICT = {"jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": "raise", "jax_enable_x64": False}
 
 
+def pytest_addoption(parser):
+    """Adds --fail-on-skip."""
+    parser.addoption("--fail-on-skip", action="store_true", help="fail when any test was skipped")
+
+
+def pytest_sessionfinish(session, exitstatus):
+    """Fails the run for a skipped test where that was asked for."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if session.config.getoption("--fail-on-skip") and reporter.stats.get("skipped") and exitstatus == 0:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 @pytest.fixture(autouse=True)
 def configuration(request):
     """Strict promotion; ``lenient`` tests call other people's code that needs it lax, ``x64`` ones need float64."""

@@ -126,7 +126,8 @@ def test_one_update_is_right_to_3e_7(rng, rule, b2, t):
     g, m, v = random_leaf(rng, b2, t, np.float32)
     product = reference.mu_product(t - 1)
     u, _ = build(reference).update(jnp.asarray(g), state_before(t, m, v, product))
-    expected, *_ = reference.step(*wide(np.float64, g, m, v), t, product)
+    g, m, v = wide(np.float64, g, m, v)
+    expected, *_ = reference.step(g, m, v, t, product)
     assert relative_error(u, expected) <= 3e-7
 
 
@@ -144,7 +145,8 @@ def test_one_update_is_right_to_3e_7_with_traced_hyperparameters(rng, rule, t):
         return scale_by_nadam(**h, rule=rule).update(g, state)[0]
 
     u = update(jnp.asarray(g), state_before(t, m, v, product), h)
-    expected, *_ = reference.step(*wide(np.float64, g, m, v), t, product)
+    g, m, v = wide(np.float64, g, m, v)
+    expected, *_ = reference.step(g, m, v, t, product)
     assert relative_error(u, expected) <= 3e-7
 
 
@@ -157,7 +159,8 @@ def test_one_update_of_a_float64_leaf_is_right_to_1e_14(rng, rule, b2, t):
     g, m, v = random_leaf(rng, b2, t, np.float64)
     product = reference.mu_product(t - 1)
     u, state = build(reference).update(jnp.asarray(g), state_before(t, m, v, product))
-    expected, *_ = reference.step(*wide(np.longdouble, g, m, v), t, product)
+    g, m, v = wide(np.longdouble, g, m, v)
+    expected, *_ = reference.step(g, m, v, t, product)
     chex.assert_type([u, state.m, state.v, state.mu_product], jnp.float64)
     assert relative_error(u, expected) <= 1e-14
 

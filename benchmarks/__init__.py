@@ -1,0 +1,1 @@
+"""Benchmarks of optax_nadam, one script per question."""

@@ -1,0 +1,100 @@
+"""What the benchmarks share: interleaved timing, the machine, and results written as JSON and as tables."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("optax_nadam", "jax", "jaxlib", "optax", "numpy")
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+    """Seconds of each call, all calls taking turns; each must block until its result is there."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(warmup + repeats):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if repeat >= warmup:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def median_and_spread(seconds: list[float]) -> tuple[float, float, float]:
+    """Median, and the quartiles around it, in milliseconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4)
+    return 1e3 * middle, 1e3 * low, 1e3 * high
+
+
+def milliseconds(seconds: list[float]) -> str:
+    """Median and quartiles as text."""
+    middle, low, high = median_and_spread(seconds)
+    return f"{middle:.4g} ms ({low:.4g} to {high:.4g})"
+
+
+def save(name: str, question: str, columns: list[str], rows: list[list[Any]], note: str = "") -> None:
+    """Writes a result with its machine, versions and date, prints it, and makes the tables anew."""
+    result = {
+        "question": question,
+        "command": f"python -m benchmarks.{name}",
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "columns": columns,
+        "rows": rows,
+        "note": note,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{jax.default_backend()}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+    write_tables()
+
+
+def machine() -> str:
+    """Processor or accelerator, as far as the system tells."""
+    if jax.default_backend() != "cpu":
+        return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("model name")]
+        model = names[0].split(":")[1].strip() if names else model
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def table(result: dict[str, Any]) -> str:
+    """A result in Markdown."""
+    versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    lines = [
+        f"## {result['question']}",
+        "",
+        f"`{result['command']}`, {result['date']}, {result['machine']}; {versions}.",
+        "",
+        "| " + " | ".join(result["columns"]) + " |",
+        "|" + "---|" * len(result["columns"]),
+        *("| " + " | ".join(map(str, row)) + " |" for row in result["rows"]),
+    ]
+    if result["note"]:
+        lines += ["", result["note"]]
+    return "\n".join(lines) + "\n"
+
+
+def write_tables() -> None:
+    """README.md of this folder, from the results."""
+    results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    head = (
+        "# Benchmarks\n\n"
+        "One script per question; rivals take turns in one run on the same arrays, after a warm-up. Times are\n"
+        "medians with quartiles. This page is written by the scripts from `results/`: run one as its table says,\n"
+        'from the root of the repository, with the package installed (`pip install -e ".[test]"`).\n'
+    )
+    (Path(__file__).parent / "README.md").write_text("\n".join([head, *map(table, results)]))

@@ -1,0 +1,53 @@
+"""Runs the tests, the example or the checks in a virtual environment that it makes itself.
+
+    python run.py tests
+    python run.py example
+
+Needs Python 3.11 or later and a package index, nothing else. What follows the task is passed on to it.
+"""
+
+import argparse
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+TASKS = {
+    "tests": ("test", [["-m", "pytest", "--fail-on-skip"]]),
+    "example": ("examples", [["examples/train_digits.py"]]),
+    "checks": ("dev", [["-m", "ruff", "format", "--check"], ["-m", "ruff", "check"], ["-m", "mypy"]]),
+}
+
+
+def environment(folder: Path, extra: str, constraints: Path) -> Path:
+    """The Python of a virtual environment with the package and an extra in it, made where it is missing."""
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    wanted = (ROOT / "pyproject.toml").read_bytes() + constraints.read_bytes()
+    stamp = folder / f"installed-{extra}-{hashlib.sha256(wanted).hexdigest()[:16]}"
+    if not stamp.exists():
+        print(f"Setting up {folder} (once; a few minutes) ...", flush=True)
+        venv.create(folder, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", "-c", constraints, "-e", f"{ROOT}[{extra}]"], check=True)
+        stamp.touch()
+    return python
+
+
+def main() -> int:
+    """Sets up and runs one task."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--venv", type=Path, default=ROOT / ".venv", help="where the environment is or shall be")
+    parser.add_argument("--constraints", type=Path, default=ROOT / "constraints/newest.txt", help="versions to install")
+    parser.add_argument("task", choices=TASKS)
+    arguments, passed_on = parser.parse_known_args()
+    extra, commands = TASKS[arguments.task]
+    python = environment(arguments.venv.resolve(), extra, arguments.constraints.resolve())
+    return max(subprocess.run([python, *command, *passed_on], cwd=ROOT).returncode for command in commands)
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 11):  # noqa: UP036  # whoever runs this may have an older one
+        sys.exit("optax_nadam needs Python 3.11 or later.")
+    sys.exit(main())
