@@ -3,6 +3,7 @@
 The way of a gradient is one line: checked while tracing, scalars from the rule, the leaf update, moments kept.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -140,15 +141,17 @@ def scale_by_nadam(
         with jax.named_scope("nadam"):
             count = optax.safe_increment(state.count)
             c, mu_product = coefficients(dialect, count, state.mu_product, h)
-            stepped = jax.tree.map(lambda g, m, v: _update_leaf(g, m, v, c), updates, state.m, state.v)
+            stepped = jax.tree.map(lambda g, m, v: _update_leaf(g, m, v, c, dialect.power), updates, state.m, state.v)
         u, m, v = _unzip(updates, stepped)
         return u, ScaleByNadamState(count, mu_product.astype(state.mu_product.dtype), m, v)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@jax.jit
-def _update_leaf(g: jax.Array, m: jax.Array, v: jax.Array, c: Coefficients) -> tuple[jax.Array, jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=4)
+def _update_leaf(
+    g: jax.Array, m: jax.Array, v: jax.Array, c: Coefficients, power: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One step of one leaf; traced once for all leaves of a shape."""
     real = real_dtype(g, m, v)
     whole = with_parts(real, g)
@@ -158,7 +161,7 @@ def _update_leaf(g: jax.Array, m: jax.Array, v: jax.Array, c: Coefficients) -> t
     m_new = _lerp(m.astype(whole), grad, c.m_weight)
     v_new = _lerp(v.astype(real), _abs_squared(grad), c.v_weight)
     numerator = c.cg.astype(whole) * grad + c.cm.astype(whole) * m_new
-    denominator = jnp.sqrt(c.cv * v_new + c.eps_root) + c.eps
+    denominator = _power(c.cv * v_new + c.eps_root, power) + c.eps
     u = numerator / denominator.astype(whole)
     return u.astype(g.dtype), m_new.astype(m.dtype), v_new.astype(v.dtype)
 
@@ -170,6 +173,10 @@ def _lerp(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
     """
     w = weight.astype(old.dtype)
     return jnp.where(weight <= 0.5, old + w * (new - old), new + (1 - w) * (old - new))
+
+
+def _power(x: jax.Array, power: float) -> jax.Array:
+    return jnp.sqrt(x) if power == 0.5 else x**power
 
 
 def _abs_squared(x: jax.Array) -> jax.Array:

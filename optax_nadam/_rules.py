@@ -10,16 +10,20 @@ number is had in double precision, before it meets an array.
 """
 
 import dataclasses
+import enum
 import functools
 import math
 import numbers
 from typing import Any, NamedTuple, TypeGuard
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
 _LOG_096 = math.log(0.96)
+# The product of more momenta than this is zero in float32, for any b1 up to .99999.
+_STEPS_TO_ZERO = 10_000_000
 
 
 class Hyperparameters(NamedTuple):
@@ -54,28 +58,69 @@ class Coefficients(NamedTuple):
     eps: jax.Array
 
 
+class Correction(enum.StrEnum):
+    r"""What a moment is divided by, to undo its start from zero.
+
+    For ``m`` (the gradient beside it is divided by :math:`1 - P_t`, or by nothing where ``m`` is):
+
+    * ``NEXT``: :math:`1 - P_{t+1}`, the product that the look-ahead momentum belongs to.
+    * ``CURRENT``: :math:`1 - P_t`.
+    * ``TWICE``: :math:`1 - P_t \mu_t \mu_{t+1}`, where torch before 2.0 took :math:`\mu_t` in twice.
+    * ``NONE``: nothing.
+
+    For ``v``:
+
+    * ``CURRENT``: :math:`1 - \beta_2^t`.
+    * ``NEXT``: :math:`(1 - \beta_2^t) / \beta_2`: its own decay, one step ahead.
+    * ``NONE``: nothing.
+    """
+
+    NEXT = "next"
+    CURRENT = "current"
+    TWICE = "twice"
+    NONE = "none"
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     r"""What tells one dialect of Nadam from another.
 
     Attributes:
       warmup: :math:`\mu_t = \beta_1 (1 - \tfrac12 0.96^{\psi t})`; otherwise :math:`\mu_t = \beta_1`.
+      keeps_product: :math:`P_t = P_{t-1} \mu_t`; otherwise :math:`P_t = \mu_t`.
       m_by_momentum: ``m`` decays by :math:`\mu_t`; otherwise by :math:`\beta_1`.
-      m_looks_ahead: ``m`` is debiased by :math:`1 - P_{t+1}`; otherwise by :math:`1 - P_t`.
-      v_carries_b2: :math:`\hat v` has the factor :math:`\beta_2`.
+      m_correction: how ``m`` is debiased.
+      v_correction: how ``v`` is debiased.
+      eps_hat: epsilon is added before ``v`` is debiased: :math:`\varepsilon_t = \varepsilon / \sqrt{1-\beta_2^t}`.
+      power: of the debiased ``v`` in the denominator: the square root.
     """
 
     warmup: bool = True
+    keeps_product: bool = True
     m_by_momentum: bool = False
-    m_looks_ahead: bool = True
-    v_carries_b2: bool = False
+    m_correction: Correction = Correction.NEXT
+    v_correction: Correction = Correction.CURRENT
+    eps_hat: bool = False
+    power: float = 0.5
 
+    def __post_init__(self) -> None:
+        """Takes corrections by their names too, as they come from JSON."""
+        object.__setattr__(self, "m_correction", Correction(self.m_correction))
+        object.__setattr__(self, "v_correction", Correction(self.v_correction))
+
+
+_SIMPLIFIED = Rule(warmup=False, m_correction=Correction.CURRENT)
 
 RULES = {
     "scheduled": Rule(),
     "constant": Rule(warmup=False),
-    "simplified": Rule(warmup=False, m_looks_ahead=False),
-    "dozat2016": Rule(m_by_momentum=True, v_carries_b2=True),
+    "simplified": _SIMPLIFIED,
+    "dozat2016": Rule(m_by_momentum=True, v_correction=Correction.NEXT),
+    "torch1": Rule(m_correction=Correction.TWICE),
+    "loss_scaled": Rule(keeps_product=False),
+    "eps_hat": dataclasses.replace(_SIMPLIFIED, eps_hat=True),
+    "undebiased": Rule(warmup=False, m_correction=Correction.NONE, v_correction=Correction.NONE),
+    "flux": Rule(warmup=False, v_correction=Correction.NEXT),
 }
 
 
@@ -135,30 +180,59 @@ def _coefficients(
     t, previous = step.astype(dtype), mu_product.astype(dtype)
 
     mu, next_mu = momentum_at(t, h, rule), momentum_at(t + 1, h, rule)
-    if rule.warmup:
-        product = mu * _Factor(previous, 1 - previous)
-        next_product = next_mu * product
-    else:
-        product, next_product = _power(h.b1, t), _power(h.b1, t + 1)
+    product, next_product = _products(rule, mu, next_mu, previous, t, h)
     v_decay = _power(h.b2, t)
+
+    g_debias, m_debias = {
+        Correction.NEXT: (product.complement, next_product.complement),
+        Correction.CURRENT: (product.complement, product.complement),
+        Correction.TWICE: (product.complement, (mu * next_product).complement),
+        Correction.NONE: (1.0, 1.0),
+    }[rule.m_correction]
+    cv = {
+        Correction.NEXT: h.b2 / v_decay.complement,
+        Correction.CURRENT: 1 / v_decay.complement,
+        Correction.NONE: 1.0,
+    }[rule.v_correction]
 
     scalar = functools.partial(jnp.asarray, dtype=dtype)
     c = Coefficients(
         m_weight=scalar(mu.complement if rule.m_by_momentum else 1 - h.b1),
         v_weight=scalar(1 - h.b2),
-        cg=scalar(mu.complement / product.complement),
-        cm=scalar(next_mu.value / (next_product if rule.m_looks_ahead else product).complement),
-        cv=scalar((h.b2 if rule.v_carries_b2 else 1) / v_decay.complement),
+        cg=scalar(mu.complement / g_debias),
+        cm=scalar(next_mu.value / m_debias),
+        cv=scalar(cv),
         eps_root=scalar(h.eps_root),
-        eps=scalar(h.eps),
+        eps=scalar(h.eps / jnp.sqrt(v_decay.complement) if rule.eps_hat else h.eps),
     )
     return c, scalar(product.value)
 
 
-def momentum_at(step: jax.Array, h: Hyperparameters, rule: Rule) -> _Factor:
+def _products(
+    rule: Rule, mu: _Factor, next_mu: _Factor, previous: jax.Array, t: jax.Array, h: Hyperparameters
+) -> tuple[_Factor, _Factor]:
+    r"""The products of the momenta up to this step and up to the next, :math:`P_t` and :math:`P_{t+1}`."""
+    if not rule.warmup:
+        return _power(h.b1, t), _power(h.b1, t + 1)
+    product = mu * _Factor(previous, 1 - previous) if rule.keeps_product else mu
+    return product, next_mu * product
+
+
+def momentum_at(step: jax.Array | np.ndarray, h: Hyperparameters, rule: Rule) -> _Factor:
     r"""Momentum at a step, :math:`\mu_t = \beta_1 (1 - \tfrac12 0.96^{\psi t})` or :math:`\beta_1`."""
-    withheld = 0.5 * jnp.exp(_LOG_096 * h.momentum_decay * step) if rule.warmup else 0.0
+    exp = np.exp if isinstance(step, np.ndarray) else jnp.exp
+    withheld = 0.5 * exp(_LOG_096 * h.momentum_decay * step) if rule.warmup else 0.0
     return _Factor(h.b1 * (1 - withheld), (1 - h.b1) + h.b1 * withheld)
+
+
+def mu_product_after(count: int, b1: float, momentum_decay: float, rule: Rule) -> float:
+    r""":math:`P_t` after a number of steps, in double precision: what a checkpoint without it has lost."""
+    if not rule.warmup:
+        return b1**count
+    h = Hyperparameters(b1, 0.0, 0.0, 0.0, momentum_decay)
+    first = 1 if rule.keeps_product else count
+    steps = np.arange(first, min(count, _STEPS_TO_ZERO) + 1, dtype=np.float64)
+    return float(np.prod(momentum_at(steps, h, rule).value))
 
 
 def _power(base: ArrayLike, exponent: jax.Array) -> _Factor:

@@ -5,6 +5,7 @@ traced: before any number changes, and at no cost in the compiled step. Traced v
 """
 
 import math
+import numbers
 from collections.abc import Collection
 from typing import Any
 
@@ -101,9 +102,9 @@ def check_positive(name: str, value: Any) -> None:
 
 def check_plain(name: str, value: Any, kind: type) -> None:
     """Rejects a field of a config that is not plain data of its kind."""
-    plain = is_number(value) and not isinstance(value, bool) if kind is float else isinstance(value, kind)
-    if not plain:
-        described = {float: "a number", bool: "True or False", str: "a string"}[kind]
+    accepted = {float: numbers.Real, int: numbers.Integral}.get(kind, kind)
+    if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+        described = {float: "a number", int: "a whole number", bool: "True or False", str: "a string"}[kind]
         raise TypeError(f"{name} must be {described}, got {value!r}.")
 
 
@@ -112,6 +113,10 @@ def check_names(what: str, got: Collection[str], expected: Collection[str]) -> N
     missing, unknown = _only_in(expected, got), _only_in(got, expected)
     if missing or unknown:
         raise ValueError(f"{what} fields do not fit: {_both('missing', missing, 'unknown', unknown)}.")
+
+
+def accept(name: str, value: Any) -> None:
+    """Takes every value."""
 
 
 def check_rule(name: str, value: Any) -> None:

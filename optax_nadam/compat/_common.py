@@ -1,0 +1,118 @@
+"""What the translators share: names that fit, and states found and put back in any optimizer state.
+
+Nothing here computes; a framework's module turns its own checkpoint into the arguments of :func:`put_state`.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax import numpy as jnp
+from jax.typing import ArrayLike
+
+from optax_nadam import _validation as validation
+from optax_nadam._config import NadamConfig
+from optax_nadam._nadam import ScaleByNadamState
+from optax_nadam._rules import RULES, Rule, mu_product_after
+
+
+def check_keys(what: str, got: Iterable[str], known: Iterable[str]) -> None:
+    """Rejects keys that a translator does not know, by name."""
+    unknown = sorted(set(got) - set(known))
+    if unknown:
+        raise ValueError(f"{what} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
+
+
+def unsupported(what: str, name: str, value: Any, advice: str) -> ValueError:
+    """The error for an option that changes numbers and has no counterpart."""
+    return ValueError(f"{what} option {name}={value!r} has no counterpart here. {advice}")
+
+
+def rule_of(config: NadamConfig) -> Rule:
+    """The rule of a config, whether it holds the rule or its name."""
+    return RULES[config.rule] if isinstance(config.rule, str) else config.rule
+
+
+def rebuilt_product(count: int, config: NadamConfig) -> float:
+    """The product of the momenta after ``count`` steps, for checkpoints that lack it."""
+    return mu_product_after(count, config.b1, config.momentum_decay, rule_of(config))
+
+
+def get_state(opt_state: Any) -> ScaleByNadamState:
+    """The one Nadam state in an optimizer state, at any depth.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    found = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_nadam) if _is_nadam(s)]
+    if len(found) != 1:
+        raise ValueError(f"opt_state must hold one ScaleByNadamState, but holds {len(found)}.")
+    return found[0]
+
+
+def put_state(opt_state: Any, *, count: ArrayLike, mu_product: ArrayLike, m: Any, v: Any) -> Any:
+    """The optimizer state with these values in its Nadam state, and ``count`` in every schedule's counter.
+
+    Args:
+      opt_state: a state of the optimizer that is to go on, as its ``init`` makes it; it is not changed.
+      count: steps taken.
+      mu_product: the product of the momenta so far.
+      m: first moments, a tree like the params.
+      v: second moments, a tree like the params.
+
+    Returns:
+      A new state, its arrays of the dtypes that the old one has.
+
+    Raises:
+      ValueError: the moments do not fit the state in structure or shape; the text names the leaf.
+      TypeError: a moment is no array of numbers.
+    """
+    old = get_state(opt_state)
+    for name, moments, target in (("m", m, old.m), ("v", v, old.v)):
+        validation.check_like_state(name, moments, target)
+    new = ScaleByNadamState(
+        count=jnp.asarray(count, old.count.dtype),
+        mu_product=jnp.asarray(mu_product, old.mu_product.dtype),
+        m=jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), m, old.m),
+        v=jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), v, old.v),
+    )
+    return _replaced(opt_state, new)
+
+
+def _replaced(node: Any, new: ScaleByNadamState) -> Any:
+    """The tree with the Nadam state replaced and every other counter set."""
+    if _is_nadam(node):
+        return new
+    if _counts(node):
+        fields = {name: _replaced(getattr(node, name), new) for name in node._fields}
+        return node._replace(**{**fields, "count": jnp.asarray(new.count, node.count.dtype)})
+    return jax.tree.map(
+        lambda child: _replaced(child, new) if _is_nadam(child) or _counts(child) else child,
+        node,
+        is_leaf=lambda child: child is not node and (_is_nadam(child) or _counts(child)),
+    )
+
+
+def _is_nadam(node: Any) -> bool:
+    return isinstance(node, ScaleByNadamState)
+
+
+def _counts(node: Any) -> bool:
+    """Whether a node is a state with a counter: of a schedule, or of injected hyperparameters."""
+    return "count" in getattr(node, "_fields", ()) and not _is_nadam(node)
+
+
+def as_numpy(array: Any) -> np.ndarray:
+    """An array of any framework in NumPy; torch's bfloat16 becomes float32."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+        if str(array.dtype) == "torch.bfloat16":
+            array = array.float()
+    return np.asarray(array)
+
+
+def without(mapping: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """A mapping without some of its names."""
+    left_out = set(names)
+    return {name: value for name, value in mapping.items() if name not in left_out}

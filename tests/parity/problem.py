@@ -1,0 +1,48 @@
+"""The problem that every framework and ours are given: a tree of parameters, and gradients made in advance."""
+
+import jax
+import numpy as np
+import optax
+from jax import numpy as jnp
+
+SHAPES = {"kernel": (4, 3), "bias": (3,), "conv": (2, 2, 3), "scale": ()}
+STEPS = 60
+
+
+def problem(seed=0, steps=STEPS, shapes=None, dtype=np.float32):
+    """Parameters by name, and a list of gradients by name, of magnitudes that differ from leaf to leaf."""
+    shapes = SHAPES if shapes is None else shapes
+    rng = np.random.default_rng(seed)
+    params = {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+    scales = {name: 10 ** rng.uniform(-2, 1) for name in shapes}
+    grads = [
+        {name: (scales[name] * (rng.normal(size=shape) + 0.3)).astype(dtype) for name, shape in shapes.items()}
+        for _ in range(steps)
+    ]
+    return params, grads
+
+
+def run(tx, params, grads, state=None):
+    """Our parameters after each step, by name with a leading axis of steps, and the last optimizer state."""
+    params = jax.tree.map(jnp.asarray, params)
+    state = tx.init(params) if state is None else state
+    stacked = jax.tree.map(lambda *g: jnp.stack([jnp.asarray(x) for x in g]), *grads)
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    (_, state), trajectory = jax.jit(lambda carry, g: jax.lax.scan(step, carry, g))((params, state), stacked)
+    return jax.tree.map(np.asarray, trajectory), state
+
+
+def stack(trajectory):
+    """A list of parameters by name as arrays by name with a leading axis of steps."""
+    return {name: np.stack([np.asarray(params[name]) for params in trajectory]) for name in trajectory[0]}
+
+
+def gap(ours, theirs, learning_rate):
+    """The largest distance of a parameter at any step, in units of the learning rate."""
+    return max(float(np.max(np.abs(ours[name] - theirs[name]))) for name in theirs) / learning_rate
