@@ -1,7 +1,8 @@
-"""Runs the tests, the example or the checks in a virtual environment that it makes itself.
+"""Runs the tests, the example, the runs beside other frameworks or the checks in a virtual environment that it makes itself.
 
     python run.py tests
     python run.py example
+    python run.py parity
 
 Needs Python 3.11 or later and a package index, nothing else. What follows the task is passed on to it.
 """
@@ -15,9 +16,18 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-TASKS = {
+PARITY = [
+    "-m",
+    "pytest",
+    "--fail-on-skip",
+    "-o",
+    "addopts=--strict-markers --strict-config --import-mode=importlib -ra",
+]
+TASKS: dict[str, tuple[str, list[list[str]]]] = {
     "tests": ("test", [["-m", "pytest", "--fail-on-skip"]]),
     "example": ("examples", [["examples/train_digits.py"]]),
+    # timm asks for torchvision, which its optimizers do not need.
+    "parity": ("parity", [["-m", "pip", "install", "-q", "--no-deps", "timm==1.0.31"], [*PARITY, "tests/parity"]]),
     "checks": ("dev", [["-m", "ruff", "format", "--check"], ["-m", "ruff", "check"], ["-m", "mypy"]]),
 }
 
@@ -44,7 +54,9 @@ def main() -> int:
     arguments, passed_on = parser.parse_known_args()
     extra, commands = TASKS[arguments.task]
     python = environment(arguments.venv.resolve(), extra, arguments.constraints.resolve())
-    return max(subprocess.run([python, *command, *passed_on], cwd=ROOT).returncode for command in commands)
+    *before, last = commands
+    codes = [subprocess.run([python, *command], cwd=ROOT).returncode for command in before]
+    return max(*codes, subprocess.run([python, *last, *passed_on], cwd=ROOT).returncode, 0)
 
 
 if __name__ == "__main__":

@@ -5,3 +5,6 @@ from optax_nadam._nadam import ScaleByNadamState as ScaleByNadamState
 from optax_nadam._nadam import nadam as nadam
 from optax_nadam._nadam import nadamw as nadamw
 from optax_nadam._nadam import scale_by_nadam as scale_by_nadam
+from optax_nadam._schedules import Schedule as Schedule
+
+from optax_nadam import compat as compat  # isort: skip  # it needs the names above

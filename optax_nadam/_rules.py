@@ -230,7 +230,7 @@ def mu_product_after(count: int, b1: float, momentum_decay: float, rule: Rule) -
     if not rule.warmup:
         return b1**count
     h = Hyperparameters(b1, 0.0, 0.0, 0.0, momentum_decay)
-    first = 1 if rule.keeps_product else count
+    first = 1 if rule.keeps_product else max(1, count)
     steps = np.arange(first, min(count, _STEPS_TO_ZERO) + 1, dtype=np.float64)
     return float(np.prod(momentum_at(steps, h, rule).value))
 

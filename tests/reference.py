@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 RULES = ("scheduled", "constant", "simplified", "dozat2016")
+FURTHER_RULES = ("torch1", "loss_scaled", "eps_hat", "undebiased", "flux")
+CONSTANT_MOMENTUM = ("constant", "simplified", "eps_hat", "undebiased", "flux")
 
 
 @dataclass(frozen=True)
@@ -21,10 +23,11 @@ class Nadam:
     eps: float = 1e-7
     eps_root: float = 0.0
     momentum_decay: float = 4e-3
+    power: float = 0.5
 
     def mu(self, t):
         """Momentum at step t."""
-        if self.rule in ("constant", "simplified"):
+        if self.rule in CONSTANT_MOMENTUM:
             return self.b1 + 0.0 * t
         return self.b1 * (1 - 0.5 * 0.96 ** (self.momentum_decay * t))
 
@@ -35,17 +38,28 @@ class Nadam:
     def step(self, g, m, v, t, mu_product):
         """Step t: the update, the new moments and the new product, from those of step t - 1."""
         b1, b2, mu, mu_next = self.b1, self.b2, self.mu(t), self.mu(t + 1)
-        product = mu_product * mu
+        product = mu if self.rule == "loss_scaled" else mu_product * mu
         a = mu if self.rule == "dozat2016" else b1
         m = a * m + (1 - a) * g
         v = b2 * v + (1 - b2) * np.abs(g) ** 2
+        v_debias = _one_minus_power(b2, t)
         g_hat = g / (1 - product)
-        m_hat = m / (1 - product) if self.rule == "simplified" else m / (1 - product * mu_next)
-        v_hat = v / _one_minus_power(b2, t)
-        if self.rule == "dozat2016":
+        v_hat = v / v_debias
+        eps = self.eps
+        if self.rule in ("simplified", "eps_hat"):
+            m_hat = m / (1 - product)
+        elif self.rule == "torch1":
+            m_hat = m / (1 - product * mu * mu_next)
+        else:
+            m_hat = m / (1 - product * mu_next)
+        if self.rule in ("dozat2016", "flux"):
             v_hat = b2 * v_hat
+        if self.rule == "eps_hat":
+            eps = eps / np.sqrt(v_debias)
+        if self.rule == "undebiased":
+            g_hat, m_hat, v_hat = g, m, v
         m_bar = (1 - mu) * g_hat + mu_next * m_hat
-        return m_bar / (np.sqrt(v_hat + self.eps_root) + self.eps), m, v, product
+        return m_bar / ((v_hat + self.eps_root) ** self.power + eps), m, v, product
 
     def updates(self, grads):
         """The updates of all steps from zero moments, and the last m, v and product of the momenta."""

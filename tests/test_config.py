@@ -12,7 +12,8 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from optax_nadam import NadamConfig, nadam, nadamw
+from optax_nadam import NadamConfig, Schedule, nadam, nadamw
+from optax_nadam._rules import RULES
 from tests.reference import Nadam
 
 EVERY_FIELD_CHANGED = NadamConfig(
@@ -185,3 +186,70 @@ def test_coupled_weight_decay_is_that_of_torch():
 def test_decay_divides_the_learning_rate_by_the_steps_taken():
     u = jnp.diff(run(NadamConfig(decay=0.5, b1=0.0).build(), jnp.float32(0.0), jnp.ones(4)), prepend=0.0)
     np.testing.assert_allclose(u, -1e-3 / (1 + 0.5 * np.arange(4)), rtol=1e-5)
+
+
+def test_schedules_and_rules_survive_json():
+    rule = dataclasses.replace(RULES["undebiased"], power=0.25)
+    schedule = Schedule("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10})
+    config = NadamConfig(learning_rate=schedule, rule=rule)
+    assert NadamConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_decay_beside_a_schedule_is_rejected():
+    schedule = Schedule("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10})
+    with pytest.raises(ValueError, match=r"decay must be 0 beside a schedule, got 0\.1"):
+        NadamConfig(learning_rate=schedule, decay=0.1)
+
+
+@pytest.mark.lenient("Optax's schedules mix dtypes")
+def test_a_schedule_reaches_the_update(rng):
+    params, grads = problem(rng)
+    schedule = Schedule("exponential_decay", {"initial_learning_rate": 0.1, "decay_steps": 5, "decay_rate": 0.5})
+    expected = run(nadam(optax.exponential_decay(0.1, 5, 0.5)), params, grads)
+    chex.assert_trees_all_equal(run(NadamConfig(learning_rate=schedule).build(), params, grads), expected)
+    chex.assert_trees_all_equal(run(NadamConfig().build(schedule.build()), params, grads), expected)
+
+
+def test_maximize_turns_the_gradient_round_before_coupled_decay(rng):
+    params, grads = problem(rng)
+    config = NadamConfig(weight_decay=0.5, coupled_weight_decay=True)
+    down = run(config.build(), params, jax.tree.map(jnp.negative, grads))
+    chex.assert_trees_all_equal(run(dataclasses.replace(config, maximize=True).build(), params, grads), down)
+
+
+@pytest.mark.parametrize("schedule", [False, True])
+@pytest.mark.lenient("Optax's schedules mix dtypes")
+def test_max_learning_rate_makes_weight_decay_fall_with_the_square_of_the_rate(schedule):
+    halving = Schedule("piecewise_constant", {"boundaries": [0], "values": [0.5, 0.25]})
+    config = NadamConfig(learning_rate=halving if schedule else 0.25, weight_decay=0.1, max_learning_rate=1.0, b1=0.0)
+    p = run(config.build(), jnp.float32(2.0), jnp.zeros(2))
+    rates = (0.5, 0.25) if schedule else (0.25, 0.25)
+    expected = 2.0 * np.cumprod([1 - 0.1 * rate**2 for rate in rates])
+    np.testing.assert_allclose(p, expected, rtol=1e-6)
+
+
+@pytest.mark.lenient("Optax's wrapper mixes dtypes")
+def test_complex_as_real_treats_the_parts_apart(rng):
+    parts = rng.normal(size=(2, 10, 3))
+    grads = jnp.asarray(parts[0] + 1j * parts[1], jnp.complex64)
+    got = run(NadamConfig(learning_rate=0.1, complex_as_real=True).build(), jnp.zeros(3, jnp.complex64), grads)
+    for part, of_got in zip(parts, (got.real, got.imag), strict=True):
+        updates, *_ = Nadam().updates(part)
+        np.testing.assert_allclose(of_got, -0.1 * np.cumsum(updates, axis=0), atol=1e-5)
+
+
+@pytest.mark.lenient("optax.MultiSteps mixes dtypes")
+def test_accumulation_averages_gradients_while_the_schedule_counts_each(rng):
+    params, grads = problem(rng, steps=12)
+    seen = {"initial_learning_rate": 0.1, "decay_steps": 12, "end_learning_rate": 0.0}
+    config = NadamConfig(learning_rate=Schedule("polynomial_decay", seen), accumulate_steps=3)
+    got = run(config.build(), params, grads)
+    means = jax.tree.map(lambda g: g.reshape(4, 3, *g.shape[1:]).mean(axis=1), grads)
+    expected = run(nadam(lambda n: 0.1 * (1 - (3 * n + 2) / 12)), params, means)
+    chex.assert_trees_all_close(jax.tree.map(lambda p: p[2::3], got), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_accumulate_steps_is_a_positive_whole_number(value):
+    with pytest.raises((TypeError, ValueError), match=f"accumulate_steps must be .*got {value!r}"):
+        NadamConfig(accumulate_steps=value)

@@ -1,5 +1,6 @@
 """The update: its values, its dtypes, its state."""
 
+import dataclasses
 import inspect
 from typing import Any
 
@@ -11,10 +12,10 @@ import pytest
 from jax import numpy as jnp
 
 import optax_nadam
-from optax_nadam import nadam, nadamw, scale_by_nadam
-from tests.reference import RULES, Nadam
+from optax_nadam import _rules, nadam, nadamw, scale_by_nadam
+from tests.reference import FURTHER_RULES, RULES, Nadam
 
-ALL_RULES = pytest.mark.parametrize("rule", RULES)
+ALL_RULES = pytest.mark.parametrize("rule", RULES + FURTHER_RULES)
 
 
 def random_hyperparameters(rng, rule):
@@ -49,7 +50,7 @@ def state_before(t, m, v, mu_product):
 
 
 # One scalar parameter that starts at 1, gradients .5, -.25, .1, learning rate .01: what the frameworks themselves
-# give in float32, and for Dozat what float64 gives from the paper's formula.
+# give in float32; for Dozat, Optimisers.jl and the old torch what float64 gives from the formula.
 PUBLISHED: dict[str, tuple[Any, dict[str, Any], tuple[float, ...]]] = {
     "tf.keras legacy": (nadam, {}, (0.98943549, 0.99354661, 0.99129963)),
     "Keras 3": (nadam, {"momentum_decay": 1.0}, (0.98937213, 0.99329805, 0.99111259)),
@@ -69,6 +70,10 @@ PUBLISHED: dict[str, tuple[Any, dict[str, Any], tuple[float, ...]]] = {
     "timm": (nadam, {"eps": 1e-8, "rule": "simplified"}, (0.98100001, 0.98193216, 0.97796911)),
     "AlgoPerf": (nadam, {"eps": 1e-8, "rule": "simplified"}, (0.98100013, 0.98193228, 0.97796929)),
     "optax.nadam": (nadam, {"eps": 1e-8, "rule": "constant"}, (0.98526323, 0.98691183, 0.98355019)),
+    "torch 1.10 to 1.13": (nadam, {"eps": 1e-8, "rule": "torch1"}, (0.98950469, 0.99362890, 0.99139116)),
+    "AlgoPerf, debias=False": (nadam, {"eps": 1e-8, "rule": "undebiased"}, (0.93991679, 0.94387817, 0.92426008)),
+    "tf.contrib": (nadam, {"eps": 1e-8, "rule": "eps_hat"}, (0.98100001, 0.98193222, 0.97796917)),
+    "Optimisers.jl": (nadam, {"eps": 1.19e-7, "rule": "flux"}, (0.98525579, 0.98690525, 0.98354193)),
     "Dozat 2016": (nadam, {"eps": 1e-8, "rule": "dozat2016"}, (0.98688901, 0.99142467, 0.98887820)),
 }
 
@@ -102,7 +107,7 @@ def random_gradients(rng, steps):
 @ALL_RULES
 @pytest.mark.parametrize("draw", range(4))
 def test_trees_follow_the_reference_for_1000_steps(rule, draw):
-    rng = np.random.default_rng([RULES.index(rule), draw])
+    rng = np.random.default_rng([(RULES + FURTHER_RULES).index(rule), draw])
     reference, grads = random_hyperparameters(rng, rule), random_gradients(rng, 1000)
     tx = build(reference)
     state = tx.init(jax.tree.map(lambda g: jnp.asarray(g[0]), grads))
@@ -175,6 +180,24 @@ def test_float32_and_float64_leaves_stand_side_by_side(rng):
         chex.assert_type([updates[name], state.m[name], state.v[name]], params[name].dtype)
         expected, *_ = Nadam().updates(grads[name][None].astype(np.longdouble))
         assert relative_error(updates[name], expected[0]) <= bound
+
+
+def test_a_float32_product_stays_float32_where_x64_has_been_enabled_since():
+    tx, g = scale_by_nadam(), jnp.ones(3)
+    state = tx.init(g)
+    jax.config.update("jax_enable_x64", True)
+    _, state = tx.update(g, state)
+    assert state.mu_product.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("power", [0.25, 1.0])
+def test_the_power_of_v_can_be_chosen(rng, power):
+    rule = dataclasses.replace(_rules.RULES["simplified"], power=power)
+    grads = rng.normal(size=(20, 16)).astype(np.float32)
+    tx = scale_by_nadam(rule=rule, eps=1e-3)
+    _, u = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(jnp.asarray(grads[0])), jnp.asarray(grads))
+    expected, *_ = Nadam("simplified", eps=1e-3, power=power).updates(grads.astype(np.float64))
+    assert relative_error(u, expected) < 1e-6
 
 
 def random_leaf(rng, b2, t, dtype):

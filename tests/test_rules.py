@@ -6,7 +6,7 @@ import pytest
 from jax import numpy as jnp
 
 from optax_nadam import _rules
-from tests.reference import RULES, Nadam
+from tests.reference import FURTHER_RULES, RULES, Nadam
 
 STEPS = np.unique(np.concatenate([np.arange(1, 3000), np.geomspace(3000, 1e7, 3000).astype(int)]))
 
@@ -55,7 +55,24 @@ def test_first_coefficient_is_exact_however_close_momentum_is_to_one():
     np.testing.assert_allclose(product, 0.99999, rtol=1e-7)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", RULES + FURTHER_RULES)
+@pytest.mark.parametrize("count", [0, 1, 2, 30, 500])
+def test_a_lost_product_is_rebuilt(rule, count):
+    reference = Nadam(rule, b1=0.97, momentum_decay=0.3)
+    product = 1.0
+    for t in range(1, count + 1):
+        *_, product = reference.step(1.0, 0.0, 0.0, t, product)
+    rebuilt = _rules.mu_product_after(count, 0.97, 0.3, _rules.RULES[rule])
+    np.testing.assert_allclose(rebuilt, product, rtol=1e-12)
+
+
+def test_corrections_may_be_given_by_name():
+    assert _rules.Rule(m_correction="twice") == _rules.RULES["torch1"]  # type: ignore[arg-type]  # as from JSON
+    with pytest.raises(ValueError, match="thrice"):
+        _rules.Rule(m_correction="thrice")  # type: ignore[arg-type]  # the error is what is tested
+
+
+@pytest.mark.parametrize("rule", RULES + FURTHER_RULES)
 def test_numbers_and_arrays_give_the_same_coefficients(rule):
     numbers = _rules.Hyperparameters(0.875, 0.96875, 2.0**-20, 2.0**-30, 0.25)  # exact in float32
     arrays = _rules.Hyperparameters(*map(jnp.float32, numbers))

@@ -1,1 +1,3 @@
 """Other frameworks' Nadams: their constructors, configs and checkpoints, translated by one module each."""
+
+from optax_nadam.compat import optax as optax

@@ -1,1 +1,1 @@
-"""Runs beside the real frameworks. They need the extra ``parity``; ``python run.py parity`` installs it and runs them."""
+"""Runs beside the real frameworks, which the extra ``parity`` brings; ``python run.py parity`` starts them."""
