@@ -1,4 +1,4 @@
-"""Runs the tests, the example, the runs beside other frameworks or the checks in a virtual environment that it makes itself.
+"""Runs the tests, the example, the runs beside the frameworks or the checks, in an environment that it makes itself.
 
     python run.py tests
     python run.py example

@@ -53,7 +53,7 @@ def test_schedules_are_taken():
 )
 def test_algoperf(debias, expected):
     got, _ = run(
-        compat.optax.algoperf_nadamw(0.01, debias=debias), np.float32(1.0), list(np.float32([0.5, -0.25, 0.1]))
+        compat.optax.algoperf_nadamw(0.01, debias=debias), np.float32(1.0), [np.float32(g) for g in (0.5, -0.25, 0.1)]
     )
     np.testing.assert_allclose(got, expected, atol=2e-7)
 
