@@ -248,14 +248,15 @@ def test_complex_leaves_have_a_real_v_and_follow_the_reference(rng, rule):
     assert relative_error(u[:, 0], expected[:, 0]) < 1e-6
 
 
-@pytest.mark.parametrize("dtype", ["float32", jnp.float32])
+@pytest.mark.parametrize(("m_dtype", "v_dtype"), [("float32", None), (None, jnp.float32), (jnp.float32, "float64")])
 @pytest.mark.x64
-def test_moment_dtypes_can_be_chosen(dtype):
+def test_moment_dtypes_can_be_chosen(m_dtype, v_dtype):
     params = {"real": jnp.ones(3, jnp.float64), "complex": jnp.ones(3, jnp.complex128)}
-    tx = scale_by_nadam(m_dtype=dtype, v_dtype="float64")
+    tx = scale_by_nadam(m_dtype=m_dtype, v_dtype=v_dtype)
     updates, state = tx.update(params, tx.init(params))
-    chex.assert_type([state.m["real"], state.m["complex"]], [jnp.float32, jnp.complex64])
-    chex.assert_type([state.v["real"], state.v["complex"]], jnp.float64)
+    complex_m = jnp.complex64 if m_dtype else jnp.complex128
+    chex.assert_type([state.m["real"], state.m["complex"]], [m_dtype or jnp.float64, complex_m])
+    chex.assert_type([state.v["real"], state.v["complex"]], v_dtype or jnp.float64)
     expected, *_ = Nadam().updates(np.ones((1, 3), np.longdouble))
     chex.assert_trees_all_close(updates["real"], np.asarray(expected[0], float), rtol=1e-14)
 
