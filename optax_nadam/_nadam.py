@@ -68,7 +68,9 @@ def scale_by_nadam(
     ============== ===========================================================================================
 
     Each leaf is computed in float32, or in float64 if it has 64-bit parts; the update has the gradient's dtype.
-    Leaves that are ``None`` or ``optax.MaskedNode`` pass through. Complex leaves have a real ``v``.
+    Leaves that are ``None`` or ``optax.MaskedNode`` pass through. Complex leaves have a real ``v``. With ``eps`` above
+    zero, gradients up to 1e18 in magnitude give finite updates; the square of a larger one may overflow float32 and
+    leave ``v`` infinite, so clip where such gradients can come.
 
     Args:
       b1: decay :math:`\beta_1` of the first moment and limit of the momentum, in [0, 1).
