@@ -10,11 +10,12 @@ import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import numpy as np
 import optax
+from _shared import Parser, natural, png, positive
 from flax import nnx
 from jax import numpy as jnp
 from matplotlib.figure import Figure
@@ -105,35 +106,6 @@ def draw(losses: dict[str, np.ndarray], path: Path) -> None:
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that answers a bad argument with one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program."""
-        self.exit(2, f"{self.prog}: {message} (see --help)\n")
-
-
-def positive(text: str) -> int:
-    """A positive whole number."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a positive whole number, got {text!r}")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    """A whole number that is not negative."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number from 0, got {text!r}")
-    return int(text)
-
-
-def png(text: str) -> Path:
-    """A path to a PNG."""
-    if not text.endswith(".png"):
-        raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
-    return Path(text)
 
 
 def main() -> None:
