@@ -30,6 +30,14 @@ def test_caution_with_nothing_left_moves_nothing():
     chex.assert_trees_all_equal(updates, jnp.zeros(4))
 
 
+def test_caution_drops_what_has_no_gradient():
+    tx = _links.cautious(scale_by_nadam(rule="simplified"))
+    state = tx.init(jnp.ones(2))._replace(m=jnp.ones(2), v=jnp.ones(2), count=jnp.int32(5))
+    updates, _ = tx.update(jnp.asarray([0.0, 1.0]), state)
+    assert updates[0] == 0
+    assert updates[1] > 0
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_clipping_by_the_rms_of_the_gradient_over_the_root(rng, dtype):
     config = NadamConfig(learning_rate=1.0, rule="simplified", clip_update_rms=0.5)
@@ -54,7 +62,7 @@ def test_rows_without_gradient_stay_while_their_moments_decay():
     tx = _links.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "dense": False})
     params = {"table": jnp.ones((3, 2)), "dense": jnp.ones((3, 2))}
     state = tx.init(params)
-    first = {name: jnp.asarray([[1.0, 2.0], [0.5, 0.0], [0.0, 0.0]]) for name in params}
+    first = {name: jnp.asarray([[1.0, 2.0], [0.5, 1.0], [0.0, 0.0]]) for name in params}
     second = {name: jnp.asarray([[0.0, 0.0], [0.5, 0.0], [0.0, 0.0]]) for name in params}
     _, state = tx.update(first, state)
     updates, after = tx.update(second, state)
@@ -73,5 +81,8 @@ def test_rows_are_chosen_by_a_function_too():
     params = {"table": jnp.ones((3, 2)), "bias": jnp.ones(2)}
     chosen = _links.keep_rows_without_gradient(scale_by_nadam(), mask)
     fixed = _links.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "bias": False})
-    grads = {"table": jnp.asarray([[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]]), "bias": jnp.ones(2)}
-    chex.assert_trees_all_equal(chosen.update(grads, chosen.init(params)), fixed.update(grads, fixed.init(params)))
+    state = chosen.init(params)._replace(m=params, v=params)
+    grads = {"table": jnp.asarray([[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]]), "bias": jnp.zeros(2)}
+    updates, _ = chosen.update(grads, state)
+    chex.assert_trees_all_equal(updates, fixed.update(grads, state)[0])
+    assert jnp.all(updates["bias"] != 0)

@@ -3,16 +3,31 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from optax_nadam import NadamConfig, compat
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def to_params(weights):
+    return {"kernel": weights["weight"].T}
+
+
+def a_checkpoint():
+    """What torch.load gives after 3 steps of a linear layer."""
+    config = NadamConfig(eps=1e-8)
+    state = compat.torch.nadam().init({"kernel": np.ones((2, 3), np.float32)})
+    optimizer = compat.torch.dump_state(state, lambda params: {"weight": params["kernel"].T}, config)
+    return {"model": {"weight": np.ones((3, 2), np.float32)}, "optimizer": optimizer}
 
 
 @pytest.mark.lenient("Optax's schedules mix dtypes")
 def test_the_code_of_the_readme_runs():
     blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
     assert blocks
-    names: dict[str, object] = {}
+    names: dict[str, object] = {"to_params": to_params, "checkpoint": a_checkpoint()}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
 

@@ -72,10 +72,11 @@ def put_state(opt_state: Any, *, count: ArrayLike, mu_product: ArrayLike, m: Any
     for name, moments, target in (("m", m, old.m), ("v", v, old.v)):
         validation.check_like_state(name, moments, target)
     new = ScaleByNadamState(
-        count=jnp.asarray(count, old.count.dtype),
-        mu_product=jnp.asarray(mu_product, old.mu_product.dtype),
-        m=jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), m, old.m),
-        v=jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), v, old.v),
+        # Copies: jnp.asarray may go on using the memory of an array that its framework updates in place.
+        count=jnp.array(count, old.count.dtype),
+        mu_product=jnp.array(mu_product, old.mu_product.dtype),
+        m=jax.tree.map(lambda x, like: jnp.array(x, like.dtype), m, old.m),
+        v=jax.tree.map(lambda x, like: jnp.array(x, like.dtype), v, old.v),
     )
     return _replaced(opt_state, new)
 

@@ -120,6 +120,16 @@ def test_weights_of_another_shape_are_turned_by_the_users_own_function():
         compat.optax.load_state(tx.init(transposed(params)), running)
 
 
+def test_memory_of_the_source_is_not_kept():
+    buffer = np.zeros(1024 + 16, np.float32)
+    start = -buffer.ctypes.data % 64 // 4  # memory so aligned, JAX may take over as it is
+    moments = {"w": buffer[start : start + 1024]}
+    tx = compat.optax.nadam(RATE)
+    state = compat.optax.load_state(tx.init(moments), optax.ScaleByAdamState(np.int32(1), moments, moments))
+    moments["w"] += 1
+    chex.assert_trees_all_equal(state[0].m, {"w": jnp.zeros(1024)})
+
+
 def test_counters_of_schedules_go_along_whatever_holds_them():
     params, grads = problem(5)
     _, running = run(optax.adam(RATE), params, grads[:9])
@@ -146,6 +156,8 @@ def test_states_that_are_none_or_many_are_rejected():
         compat.optax.load_state(optax.adam(RATE).init(params), optax.adam(RATE).init(params))
     with pytest.raises(ValueError, match="opt_state must hold one ScaleByNadamState, but holds 0"):
         compat.optax.dump_state(optax.adam(RATE).init(params))
+    with pytest.raises(ValueError, match="opt_state must hold one ScaleByNadamState, but holds 2"):
+        compat.optax.dump_state(optax.chain(tx, tx).init(params))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""Go on in JAX with a Keras run: same weights, same optimizer state, same curve.
+
+A small network is trained on scikit-learn's digits with keras.optimizers.Nadam under a learning rate schedule, saved as
+a .keras file, and loaded into JAX with optax_nadam.compat.keras. Then both go on from there, and both curves are drawn
+into one picture.
+"""
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import keras
+import numpy as np
+from _shared import Parser, digits_in_batches, draw_continuations, natural, png, positive, train_in_jax
+from jax import numpy as jnp
+
+from optax_nadam import compat
+
+
+def to_params(weights: list[Any]) -> dict[str, Any]:
+    """The parameters in JAX of a Keras model's weights. Moments have the shapes of weights, so it serves both."""
+    hidden, hidden_bias, last, last_bias = (jnp.asarray(array) for array in weights)
+    return {"hidden": {"kernel": hidden, "bias": hidden_bias}, "last": {"kernel": last, "bias": last_bias}}
+
+
+def keras_model(seed: int, steps: int) -> Any:
+    """A compiled model in Keras."""
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential([keras.layers.Input((64,)), keras.layers.Dense(32, "relu"), keras.layers.Dense(10)])
+    schedule = keras.optimizers.schedules.CosineDecay(2e-3, 2 * steps)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Nadam(schedule, weight_decay=1e-2), loss)
+    return model
+
+
+def train_in_keras(model: Any, batches: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+    """The loss at each batch."""
+    return [float(model.train_on_batch(images, labels)) for images, labels in batches]
+
+
+def main() -> None:
+    """Trains there, moves here, goes on in both."""
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=positive, default=300, help="steps before the checkpoint, and as many after it")
+    parser.add_argument("--seed", type=natural, default=0, help="of the weights and the batches")
+    parser.add_argument("--out", type=png, default=Path("out/from_keras.png"), help="where to put the picture")
+    arguments = parser.parse_args()
+
+    batches = digits_in_batches(2 * arguments.steps, arguments.seed)
+    model = keras_model(arguments.seed, arguments.steps)
+    before = train_in_keras(model, batches[: arguments.steps])
+
+    params = to_params([np.asarray(weight.value) for weight in model.trainable_weights])
+    tx = compat.keras.config_from(model.optimizer.get_config()).build()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.keras"
+        model.save(path)
+        state = compat.keras.load_state(tx.init(params), path, to_params)
+
+    here = train_in_jax(params, tx, state, batches[arguments.steps :])
+    there = train_in_keras(model, batches[arguments.steps :])
+    draw_continuations("Keras", before, there, here, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

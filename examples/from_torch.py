@@ -1,0 +1,77 @@
+"""Go on in JAX with a PyTorch run: same weights, same optimizer state, same curve.
+
+A small network is trained on scikit-learn's digits with torch.optim.NAdam, saved with torch.save, and loaded into JAX
+with optax_nadam.compat.torch. Then both go on from there, and both curves are drawn into one picture.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _shared import Parser, digits_in_batches, draw_continuations, natural, png, positive, train_in_jax
+from jax import numpy as jnp
+
+from optax_nadam import compat
+
+HYPERPARAMETERS: dict[str, Any] = {"lr": 2e-3, "weight_decay": 1e-2, "decoupled_weight_decay": True}
+
+
+def to_params(weights: dict[str, Any]) -> dict[str, Any]:
+    """The parameters in JAX of a PyTorch model's weights. Moments have the shapes of weights, so it serves both."""
+    return {
+        layer: {"kernel": jnp.asarray(weights[f"{index}.weight"].T), "bias": jnp.asarray(weights[f"{index}.bias"])}
+        for layer, index in (("hidden", 0), ("last", 2))
+    }
+
+
+class TorchRun:
+    """A model and its optimizer in PyTorch."""
+
+    def __init__(self, seed: int) -> None:
+        """Draws the weights."""
+        torch.manual_seed(seed)
+        self.model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
+        self.optimizer = torch.optim.NAdam(self.model.named_parameters(), **HYPERPARAMETERS)
+
+    def train(self, batches: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+        """The loss at each batch."""
+        losses = []
+        for images, labels in batches:
+            self.optimizer.zero_grad()
+            loss = torch.nn.functional.cross_entropy(self.model(torch.from_numpy(images)), torch.from_numpy(labels))
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+
+def main() -> None:
+    """Trains there, moves here, goes on in both."""
+    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=positive, default=300, help="steps before the checkpoint, and as many after it")
+    parser.add_argument("--seed", type=natural, default=0, help="of the weights and the batches")
+    parser.add_argument("--out", type=png, default=Path("out/from_torch.png"), help="where to put the picture")
+    arguments = parser.parse_args()
+
+    batches = digits_in_batches(2 * arguments.steps, arguments.seed)
+    run = TorchRun(arguments.seed)
+    before = run.train(batches[: arguments.steps])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.pt"
+        torch.save({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}, path)
+        checkpoint = torch.load(path)
+
+    params = to_params({name: tensor.numpy() for name, tensor in checkpoint["model"].items()})
+    tx = compat.torch.config_from(checkpoint["optimizer"]["param_groups"][0]).build()
+    state = compat.torch.load_state(tx.init(params), checkpoint["optimizer"], to_params)
+
+    here = train_in_jax(params, tx, state, batches[arguments.steps :])
+    there = run.train(batches[arguments.steps :])
+    draw_continuations("PyTorch", before, there, here, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""``torch.optim.NAdam``: its constructor, its parameter groups and its checkpoints, under its own names.
+
+torch itself is not needed: checkpoints are dicts of whatever NumPy can read.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import optax
+
+from optax_nadam import _validation as validation
+from optax_nadam._config import NadamConfig
+from optax_nadam._rules import RULES, is_number
+from optax_nadam.compat import _torch_state as torch_state
+from optax_nadam.compat._common import rule_of, unsupported
+
+_NAME = "torch.optim.NAdam"
+_LAYOUT = torch_state.Layout(_NAME, product="mu_product")
+_NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum_decay")
+_CHOICES = ("decoupled_weight_decay", "maximize")
+_EXECUTION = {"foreach": None, "capturable": False, "differentiable": False}
+_FIELDS = (
+    "learning_rate",
+    "b1",
+    "b2",
+    "eps",
+    "momentum_decay",
+    "rule",
+    "weight_decay",
+    "coupled_weight_decay",
+    "maximize",
+    "complex_as_real",
+)
+
+
+def nadam(
+    lr: optax.ScalarOrSchedule = 2e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0,
+    momentum_decay: float = 4e-3,
+    decoupled_weight_decay: bool = False,
+    *,
+    maximize: bool = False,
+    foreach: bool | None = None,
+    capturable: bool = False,
+    differentiable: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""``torch.optim.NAdam`` as it is since torch 2.0, with its arguments, order and defaults.
+
+    Its step is the ``scheduled`` rule of :func:`optax_nadam.scale_by_nadam`. Complex leaves are two real ones, as in
+    torch; note that torch's gradient of a complex parameter is the conjugate of JAX's. A parameter without gradient
+    is skipped in torch and takes part here.
+
+    Args:
+      lr: learning rate, a number, an array or an Optax schedule; a number is not negative.
+      betas: decays of the two moments, each in [0, 1).
+      eps: added to the root, not negative.
+      weight_decay: not negative; 0 for none.
+      momentum_decay: how fast the momentum rises, per step, not negative.
+      decoupled_weight_decay: False adds weight decay to the gradient, True takes it off the parameter, times ``lr``.
+      maximize: ascend.
+      foreach: how torch runs, not what it computes: without effect here, as the two that follow.
+      capturable: likewise.
+      differentiable: likewise; what is here is differentiable.
+
+    To change ``lr`` from outside, ``optax.inject_hyperparams(nadam, static_args=("eps", "weight_decay",
+    "momentum_decay"))``.
+
+    Returns:
+      A gradient transformation, that of ``config_from(param_group).build(lr)``. Its ``update`` needs ``params`` where
+      there is weight decay.
+
+    Raises:
+      ValueError: a number out of range.
+      TypeError: no number where one is due.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_nadam.compat import torch as torch_names
+      >>> tx = torch_names.nadam(lr=0.01, weight_decay=0.1, decoupled_weight_decay=True)
+      >>> params = jnp.array(1.0)
+      >>> updates, state = tx.update(jnp.array(0.5), tx.init(params), params)
+      >>> f"{float(optax.apply_updates(params, updates)):.6f}"
+      '0.988436'
+
+    Source: ``torch/optim/nadam.py`` of torch 2.13.
+    """
+    del foreach, capturable, differentiable
+    if is_number(lr):
+        validation.check_not_negative("lr", lr)
+    group = {
+        "lr": 0.0,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "momentum_decay": momentum_decay,
+        "decoupled_weight_decay": decoupled_weight_decay,
+        "maximize": maximize,
+    }
+    return config_from(group, rule="scheduled").build(lr)
+
+
+def config_from(group: Mapping[str, Any], *, rule: str | None = None) -> NadamConfig:
+    """The hyperparameters of a parameter group of ``torch.optim.NAdam``.
+
+    The learning rate is the group's as it is now; what a scheduler noted in the group, such as ``initial_lr``, is not
+    read. Groups of torch 1.10 to 1.13, which lack the key ``differentiable``, get the rule ``torch1``, as those
+    versions divided by another product of momenta; but not with ``foreach=True``, which was right even then.
+
+    Args:
+      group: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
+      rule: ``"scheduled"`` for the step of torch 2, ``"torch1"`` for that of torch 1, or None to go by the keys.
+
+    Returns:
+      The config, with ``complex_as_real`` set: it builds what :func:`nadam` builds.
+
+    Raises:
+      ValueError: a key is missing or unknown, a number is out of range, or the group is of a differentiable optimizer
+        of torch 2.0, whose step was neither rule.
+      TypeError: no number where one is due.
+
+    Examples:
+      >>> from optax_nadam.compat import torch as torch_names
+      >>> group = {"lr": 0.002, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "momentum_decay": 0.004,
+      ...          "decoupled_weight_decay": True, "maximize": False, "foreach": None, "capturable": False,
+      ...          "differentiable": False, "params": [0, 1]}
+      >>> config = torch_names.config_from(group)
+      >>> config.rule, config.weight_decay, config.coupled_weight_decay
+      ('scheduled', 0.1, False)
+
+    Source: ``torch/optim/nadam.py`` of torch 1.13, 2.0, 2.1 and 2.13.
+    """
+    torch_state.check_group(f"{_NAME} group", group, _NUMBERS, (*_NUMBERS, *_CHOICES, *_EXECUTION))
+    if rule not in (None, "scheduled", "torch1"):
+        raise ValueError(f"rule must be None, 'scheduled' or 'torch1', got {rule!r}.")
+    b1, b2 = torch_state.pair("betas", group["betas"])
+    values = torch_state.not_negative(group, "lr", "eps", "weight_decay", "momentum_decay")
+    return NadamConfig(
+        learning_rate=values["lr"],
+        b1=b1,
+        b2=b2,
+        eps=values["eps"],
+        momentum_decay=values["momentum_decay"],
+        rule=rule or _rule_by_keys(group),
+        weight_decay=values["weight_decay"],
+        coupled_weight_decay=not group.get("decoupled_weight_decay", False),
+        maximize=group.get("maximize", False),
+        complex_as_real=True,
+    )
+
+
+def _rule_by_keys(group: Mapping[str, Any]) -> str:
+    """The rule of the version that wrote a group: 1.12 brought ``foreach``, 2.0 ``differentiable``, 2.1 the others."""
+    if group.get("differentiable") and "capturable" not in group:
+        advice = "The differentiable step of torch 2.0 was wrong; pass rule='scheduled' for the right one."
+        raise unsupported(_NAME, "differentiable", True, advice)
+    return "scheduled" if "differentiable" in group or group.get("foreach") else "torch1"
+
+
+def config_to(config: NadamConfig) -> dict[str, Any]:
+    """The arguments of ``torch.optim.NAdam``, which are the keys of a parameter group too.
+
+    ``torch.optim.NAdam(params, **config_to(config))`` is the optimizer; where an older torch 2 lacks an argument, take
+    it out. ``config_from`` of the result is the config again, but that ``complex_as_real`` is set: torch has no other
+    way with complex parameters.
+
+    Args:
+      config: the hyperparameters.
+
+    Returns:
+      All arguments but ``params``.
+
+    Raises:
+      ValueError: a field is set that torch has no argument for, or the rule is not ``scheduled``; named in the text.
+
+    Examples:
+      >>> import optax_nadam
+      >>> from optax_nadam.compat import torch as torch_names
+      >>> group = torch_names.config_to(optax_nadam.NadamConfig(learning_rate=0.01, eps=1e-8, weight_decay=0.1))
+      >>> group["lr"], group["betas"], group["decoupled_weight_decay"]
+      (0.01, (0.9, 0.999), True)
+
+    Source: ``torch/optim/nadam.py`` of torch 2.13.
+    """
+    torch_state.check_fields(config, _NAME, _FIELDS)
+    if rule_of(config) != RULES["scheduled"]:
+        raise unsupported("NadamConfig", "rule", config.rule, f"{_NAME} follows 'scheduled' since torch 2.0.")
+    return {
+        "lr": config.learning_rate,
+        "betas": (config.b1, config.b2),
+        "eps": config.eps,
+        "weight_decay": config.weight_decay,
+        "momentum_decay": config.momentum_decay,
+        "decoupled_weight_decay": not config.coupled_weight_decay,
+        "maximize": config.maximize,
+        **_EXECUTION,
+    }
+
+
+def load_state(
+    opt_state: Any,
+    source: Mapping[str, Any],
+    to_params: Callable[[Any], Any],
+    *,
+    names: Sequence[str] | None = None,
+    weights: Mapping[str, Any] | Sequence[Any] | None = None,
+    mismatch: str = "raise",
+) -> Any:
+    """Goes on where a ``torch.optim.NAdam`` stopped: the next step is the one that torch would have taken next.
+
+    Hyperparameters are not read: build the optimizer with :func:`config_from` or :func:`nadam` first. Where groups
+    have Nadams of their own (``optax.partition``), load each part of the state by itself, from a source with its group
+    alone in ``param_groups``.
+
+    Args:
+      opt_state: the state that ``tx.init(params)`` made; it is not changed. The Nadam may be anywhere inside.
+      source: what ``optimizer.state_dict()`` returned, of torch 1.10 or later, with tensors or NumPy arrays inside;
+        from a file, ``torch.load(path)`` or the part of it that holds the optimizer.
+      to_params: the function that turns the model's weights, NumPy arrays by name as in its ``state_dict()``, into
+        the params tree, transposes and all. The moments have the shapes of the weights and go the same way. Where
+        parameters have no names, it gets a list in the optimizer's order.
+      names: names of the parameters in the optimizer's order, group after group. None takes those of the groups, which
+        are there where the optimizer was made of ``model.named_parameters()`` (torch 2.6 and later).
+      weights: the model's weights as ``to_params`` takes them, whose shapes are read for what has no moments yet.
+      mismatch: ``"raise"``, or ``"largest"`` to go on from the largest step and its product of momenta, where
+        parameters have taken different numbers of steps.
+
+    Returns:
+      A new state. Arrays are copied.
+
+    Raises:
+      ValueError: ``source`` is not such a checkpoint; parameters differ in their steps or never stepped, which the
+        text names; names or moments do not fit.
+      TypeError: a moment is no array of numbers.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import numpy as np
+      >>> from optax_nadam.compat import torch as torch_names
+      >>> def to_params(weights):
+      ...     return {"kernel": weights["linear.weight"].T}
+      >>> moments = {"exp_avg": np.full((2, 3), 0.1), "exp_avg_sq": np.full((2, 3), 0.2)}
+      >>> source = {"state": {0: {"step": 7.0, "mu_product": 0.005, **moments}},
+      ...           "param_groups": [{"params": [0], "param_names": ["linear.weight"]}]}
+      >>> tx = torch_names.nadam()
+      >>> state = torch_names.load_state(tx.init({"kernel": jnp.zeros((3, 2))}), source, to_params)
+      >>> import optax
+      >>> int(optax.tree.get(state, "mu_product") * 1000), optax.tree.get(state, "m")["kernel"].shape
+      (5, (3, 2))
+
+    Source: ``torch/optim/optimizer.py`` and ``nadam.py`` of torch 2.13.
+    """
+    return torch_state.load_state(
+        opt_state, source, to_params, layout=_LAYOUT, names=names, weights=weights, mismatch=mismatch
+    )
+
+
+def dump_state(
+    opt_state: Any,
+    from_params: Callable[[Any], Any],
+    param_groups: NadamConfig | Sequence[Mapping[str, Any]],
+    *,
+    as_tensor: Callable[[np.ndarray], Any] | None = None,
+) -> dict[str, Any]:
+    """The checkpoint from which ``torch.optim.NAdam`` goes on, the inverse of :func:`load_state`.
+
+    Args:
+      opt_state: a state that holds one Nadam, which treats complex leaves as two real ones.
+      from_params: the inverse of ``to_params``: turns the params tree into NumPy arrays by name, or into a list of
+        them, **in the order of the torch optimizer's parameters**. torch goes by order alone.
+      param_groups: a config, for one group of all parameters; or the groups that are wanted, best those of the
+        optimizer that is to go on, ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``,
+        arrays by name are put in their order.
+      as_tensor: what makes a tensor of an array, ``torch.from_numpy``. torch's ``load_state_dict`` needs tensors;
+        None leaves NumPy arrays.
+
+    Returns:
+      A dict for ``optimizer.load_state_dict``, with ``param_names`` where a config made the group and ``from_params``
+      gave names.
+
+    Raises:
+      ValueError: the parameters do not fit the groups; or as :func:`config_to`.
+      TypeError: ``from_params`` returned neither a dict nor a list.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_nadam
+      >>> from optax_nadam.compat import torch as torch_names
+      >>> def from_params(params):
+      ...     return {"linear.weight": params["kernel"].T}
+      >>> state = torch_names.nadam().init({"kernel": jnp.zeros((3, 2))})
+      >>> dumped = torch_names.dump_state(state, from_params, optax_nadam.NadamConfig())
+      >>> dumped["state"][0]["exp_avg"].shape, dumped["param_groups"][0]["param_names"]
+      ((2, 3), ['linear.weight'])
+
+    Source: ``torch/optim/optimizer.py`` and ``nadam.py`` of torch 2.13.
+    """
+    groups = [config_to(param_groups)] if isinstance(param_groups, NadamConfig) else param_groups
+    return torch_state.dump_state(opt_state, from_params, groups, layout=_LAYOUT, as_tensor=as_tensor)

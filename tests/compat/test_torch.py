@@ -1,0 +1,574 @@
+"""compat.torch without torch: beside recordings of it, and what it rejects."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+from optax_nadam import NadamConfig, ScaleByNadamState
+from optax_nadam._rules import RULES
+from optax_nadam.compat import torch as ours
+from tests.parity.problem import gap, problem, run
+
+# In units of lr, after 20 steps in float32 from parameters of magnitude 1 to 2, each rounded by up to 1.2e-7 at each
+# step on either side: measured 3e-4, at lr = 2e-3.
+BOUND = 5e-4
+complex_leaves = pytest.mark.lenient("optax.contrib.split_real_and_imaginary multiplies float32 by 1j")
+
+
+class Recording:
+    """What ``tests/parity/record_torch.py`` wrote."""
+
+    def __init__(self, name: str) -> None:
+        """Reads the two files."""
+        folder = pathlib.Path(__file__).parent / "recordings"
+        self.facts = json.loads((folder / f"{name}.json").read_text())
+        with np.load(folder / f"{name}.npz") as arrays:
+            self.arrays = dict(arrays)
+        self.params = self.under("params")
+        self.grads = self.steps(self.under("grads"))
+
+    def under(self, prefix: str) -> dict[str, np.ndarray]:
+        """Arrays by the rest of their names."""
+        return {k.removeprefix(f"{prefix}/"): x for k, x in self.arrays.items() if k.startswith(f"{prefix}/")}
+
+    def steps(self, stacked: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """A list over steps of arrays by name."""
+        return [dict(zip(stacked, rows, strict=True)) for rows in zip(*stacked.values(), strict=True)]
+
+    def checkpoint(self, name: str) -> dict[str, Any]:
+        """A state_dict."""
+        state: dict[int, dict[str, Any]] = {}
+        for path, x in self.under(f"{name}/state").items():
+            i, key = path.split("/")
+            state.setdefault(int(i), {})[key] = x
+        return {"state": state, "param_groups": [dict(group) for group in self.facts[name]["param_groups"]]}
+
+    def after(self, name: str) -> tuple[dict[str, np.ndarray], list[Any], dict[str, np.ndarray]]:
+        """The parameters at a checkpoint, the gradients that followed, and what became of the parameters."""
+        then = self.under(f"{name}/then")
+        return self.under(f"{name}/at"), self.grads[-len(then["bias"]) :], then
+
+
+RECORDED = Recording("torch")
+GROUP: dict[str, Any] = RECORDED.facts["cases"]["defaults"]["group"]
+KEYS = {
+    "1.10": {"lr", "betas", "eps", "weight_decay", "momentum_decay", "params"},
+    "1.13": {"lr", "betas", "eps", "weight_decay", "momentum_decay", "params", "foreach"},
+    "2.0": {"lr", "betas", "eps", "weight_decay", "momentum_decay", "params", "foreach", "differentiable"},
+}
+
+
+def keep(arrays):
+    """``to_params`` and ``from_params`` of parameters that are alike on either side."""
+    return dict(arrays)
+
+
+def zeros(params):
+    return jax.tree.map(jnp.zeros_like, params)
+
+
+@pytest.mark.parametrize("case", RECORDED.facts["cases"])
+def test_recorded_trajectories(case):
+    facts, theirs = RECORDED.facts["cases"][case], RECORDED.under(f"cases/{case}")
+    kwargs, group = facts["kwargs"], facts["group"]
+    trajectory, _ = run(ours.config_from(group).build(), RECORDED.params, RECORDED.grads)
+    assert gap(trajectory, theirs, group["lr"]) < BOUND
+    if "differentiable" in group:
+        same, _ = run(ours.nadam(**kwargs), RECORDED.params, RECORDED.grads)
+        assert gap(same, trajectory, group["lr"]) < 1e-4
+
+
+def test_the_record_tells_the_two_rules_apart():
+    group = RECORDED.facts["cases"]["torch1"]["group"]
+    trajectory, _ = run(ours.config_from(group, rule="scheduled").build(), RECORDED.params, RECORDED.grads)
+    assert gap(trajectory, RECORDED.under("cases/torch1"), group["lr"]) > 20 * BOUND
+    assert gap(trajectory, RECORDED.under("cases/torch1 foreach"), group["lr"]) < BOUND
+
+
+@complex_leaves
+def test_a_complex_leaf_is_two_real_ones():
+    (params, grads), (others, other_grads) = problem(1), problem(2)
+    whole = {name: jax.lax.complex(jnp.asarray(p), jnp.asarray(others[name])) for name, p in params.items()}
+    tx = ours.nadam(weight_decay=0.1)
+    gradient = [
+        {k: jax.lax.complex(jnp.asarray(g[k]), jnp.asarray(h[k])) for k in g}
+        for g, h in zip(grads, other_grads, strict=True)
+    ]
+    trajectory, _ = run(tx, whole, gradient)
+    for part, theirs in (("real", run(tx, params, grads)[0]), ("imag", run(tx, others, other_grads)[0])):
+        assert gap({name: getattr(x, part) for name, x in trajectory.items()}, theirs, 2e-3) < 1e-4
+
+
+def test_a_schedule_and_an_array_are_learning_rates():
+    params, grads = problem(3, steps=5)
+    expected, _ = run(ours.nadam(lr=0.01), params, grads)
+    for lr in (optax.constant_schedule(0.01), jnp.asarray(0.01)):
+        trajectory, _ = run(ours.nadam(lr=lr), params, grads)
+        assert gap(trajectory, expected, 0.01) < 1e-4
+
+
+def test_the_rate_can_be_injected():
+    static = ("eps", "weight_decay", "momentum_decay")
+    tx = optax.inject_hyperparams(ours.nadam, static_args=static)(lr=0.01)
+    params = jnp.ones(2)
+    state = tx.init(params)
+    state.hyperparams["lr"] = jnp.asarray(0.5)
+    updates, _ = tx.update(jnp.ones(2), state, params)
+    expected, _ = ours.nadam(lr=0.5).update(jnp.ones(2), ours.nadam(lr=0.5).init(params))
+    np.testing.assert_allclose(updates, expected, rtol=1e-6)
+
+
+def test_execution_only_arguments_change_nothing():
+    params, grads = problem(4, steps=3)
+    plain, _ = run(ours.nadam(), params, grads)
+    other, _ = run(ours.nadam(foreach=True, capturable=True, differentiable=True), params, grads)
+    assert gap(plain, other, 2e-3) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "text"),
+    [
+        ({"lr": -1.0}, ValueError, r"lr must be finite and not negative, got -1.0"),
+        ({"lr": "fast"}, TypeError, r"must be a number, an array or a schedule, got 'fast'"),
+        ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must be in \[0, 1\), got 1.0"),
+        ({"betas": 0.9}, ValueError, r"betas must be a pair of numbers, got 0.9"),
+        ({"betas": ("a", 0.9)}, TypeError, r"betas\[0\] must be a number, got 'a'"),
+        ({"eps": -1e-8}, ValueError, r"eps must be finite and not negative"),
+        ({"weight_decay": -0.1}, ValueError, r"weight_decay must be finite and not negative, got -0.1"),
+        ({"momentum_decay": float("nan")}, ValueError, r"momentum_decay must be finite and not negative"),
+        ({"maximize": 1}, TypeError, r"maximize must be True or False, got 1"),
+    ],
+)
+def test_bad_arguments(arguments, kind, text):
+    with pytest.raises(kind, match=text):
+        ours.nadam(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("version", "options", "rule"),
+    [
+        ("1.10", {}, "torch1"),
+        ("1.13", {}, "torch1"),
+        ("1.13", {"foreach": False}, "torch1"),
+        ("1.13", {"foreach": True}, "scheduled"),
+        ("2.0", {}, "scheduled"),
+    ],
+)
+def test_keys_tell_the_rule(version, options, rule):
+    group = {key: value for key, value in GROUP.items() if key in KEYS[version]} | options
+    config = ours.config_from(group)
+    assert (config.rule, config.coupled_weight_decay, config.maximize) == (rule, True, False)
+    assert ours.config_from(group, rule="torch1").rule == "torch1"
+    assert ours.config_from(group, rule="scheduled").rule == "scheduled"
+
+
+def test_every_key_reaches_the_config():
+    group = GROUP | {"lr": 0.5, "betas": [0.7, 0.8], "eps": 0.1, "weight_decay": 0.2, "momentum_decay": 0.3}
+    expected = NadamConfig(
+        learning_rate=0.5,
+        b1=0.7,
+        b2=0.8,
+        eps=0.1,
+        weight_decay=0.2,
+        momentum_decay=0.3,
+        coupled_weight_decay=True,
+        complex_as_real=True,
+    )
+    assert ours.config_from(group) == expected
+    group |= {"decoupled_weight_decay": True, "maximize": True, "initial_lr": 1.0, "param_names": ["a"]}
+    assert ours.config_from(group) == dataclasses.replace(expected, coupled_weight_decay=False, maximize=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"amsgrad": False, "fused": None}, r"torch.optim.NAdam group has unknown keys amsgrad, fused"),
+        ({"momentum_decay": None}, r"torch.optim.NAdam group lacks momentum_decay; it has betas"),
+        ({"lr": -0.1}, r"lr must be finite and not negative, got -0.1"),
+        ({"betas": (0.9, 0.99, 0.999)}, r"betas must be a pair of numbers"),
+    ],
+)
+def test_groups_of_others_are_rejected(change, text):
+    group = {key: value for key, value in (GROUP | change).items() if (key, value) != ("momentum_decay", None)}
+    with pytest.raises(ValueError, match=text):
+        ours.config_from(group)
+
+
+def test_the_differentiable_step_of_torch_2_0_is_rejected():
+    group = {key: value for key, value in GROUP.items() if key in KEYS["2.0"]} | {"differentiable": True}
+    with pytest.raises(ValueError, match=r"option differentiable=True has no counterpart.*rule='scheduled'"):
+        ours.config_from(group)
+    assert ours.config_from(group, rule="scheduled").rule == "scheduled"
+    assert ours.config_from(group | {"capturable": False}).rule == "scheduled"
+
+
+def test_an_unknown_rule_is_rejected():
+    with pytest.raises(ValueError, match=r"rule must be None, 'scheduled' or 'torch1', got 'constant'"):
+        ours.config_from(GROUP, rule="constant")
+
+
+@pytest.mark.parametrize("case", RECORDED.facts["cases"])
+def test_configs_survive_the_way_through_a_group(case):
+    config = ours.config_from(RECORDED.facts["cases"][case]["group"], rule="scheduled")
+    assert ours.config_from(ours.config_to(config)) == config
+    named = dataclasses.replace(config, rule=RULES["scheduled"])
+    assert ours.config_from(ours.config_to(named)) == config
+
+
+UNSUPPORTED: dict[str, Any] = {
+    "eps_root": 1e-9,
+    "rule": "torch1",
+    "max_learning_rate": 1.0,
+    "decay": 0.1,
+    "clip_value": 1.0,
+    "clip_norm": 1.0,
+    "clip_global_norm": 1.0,
+    "clip_update_rms": 1.0,
+    "caution": True,
+    "accumulate_steps": 2,
+    "m_dtype": "float32",
+    "v_dtype": "float32",
+    "learning_rate": -1.0,
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_fields_without_counterpart_are_rejected_by_name(name):
+    with pytest.raises(ValueError, match=f"NadamConfig option {name}=.* has no counterpart"):
+        ours.config_to(NadamConfig(**{name: UNSUPPORTED[name]}))
+
+
+def test_a_schedule_is_rejected():
+    fields = NadamConfig().to_dict()
+    fields["learning_rate"] = {
+        "name": "inverse_time_decay",
+        "arguments": {"initial_learning_rate": 0.1, "decay_steps": 1.0, "decay_rate": 0.5},
+    }
+    with pytest.raises(ValueError, match=r"option learning_rate=.*inverse_time_decay.* has no counterpart"):
+        ours.config_to(NadamConfig.from_dict(fields))
+
+
+def test_every_field_is_either_rejected_or_written():
+    written = set(ours.config_from(GROUP).to_dict()) - set(UNSUPPORTED)
+    assert written == {
+        "b1",
+        "b2",
+        "eps",
+        "momentum_decay",
+        "weight_decay",
+        "coupled_weight_decay",
+        "maximize",
+        "complex_as_real",
+    }
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "torch1"])
+def test_we_go_on_from_a_recorded_checkpoint(name):
+    checkpoint, (at, grads, then) = RECORDED.checkpoint(name), RECORDED.after(name)
+    names = [n for group in checkpoint["param_groups"] for n in group["param_names"]]
+    assert names == ["conv", "kernel", "scale", "bias"]
+    tx = ours.config_from(checkpoint["param_groups"][0]).build()
+    state = ours.load_state(tx.init(zeros(at)), checkpoint, keep)
+    trajectory, state = run(tx, at, grads, state)
+    assert gap(trajectory, then, 0.01) < BOUND
+    assert int(optax.tree.get(state, "count")) == 20
+
+
+def without_names(checkpoint):
+    groups = [{k: v for k, v in group.items() if k != "param_names"} for group in checkpoint["param_groups"]]
+    return {**checkpoint, "param_groups": groups}
+
+
+def moments(state):
+    found = [s for s in jax.tree.leaves(state, is_leaf=is_nadam) if is_nadam(s)]
+    return found[0]
+
+
+def is_nadam(node):
+    return isinstance(node, ScaleByNadamState)
+
+
+ORDER = ["conv", "kernel", "scale", "bias"]
+
+
+def test_names_may_come_from_groups_from_ids_from_an_argument_or_not_at_all():
+    checkpoint = RECORDED.checkpoint("checkpoint")
+    init = ours.nadam().init(zeros(RECORDED.params))
+    expected = ours.load_state(init, checkpoint, keep)
+    bare = without_names(checkpoint)
+    by_id = {
+        "state": {name: checkpoint["state"][i] for i, name in enumerate(ORDER)},
+        "param_groups": [{**bare["param_groups"][0], "params": ORDER}],
+    }
+    loaded = {
+        "argument": ours.load_state(init, bare, keep, names=ORDER),
+        "ids": ours.load_state(init, by_id, keep),
+        "order": ours.load_state(init, bare, lambda arrays: dict(zip(ORDER, arrays, strict=True))),
+    }
+    for state in loaded.values():
+        jax.tree.map(np.testing.assert_array_equal, state, expected)
+    np.testing.assert_array_equal(moments(expected).m["scale"], checkpoint["state"][2]["exp_avg"])
+    np.testing.assert_array_equal(moments(expected).v["bias"], checkpoint["state"][3]["exp_avg_sq"])
+
+
+def test_python_numbers_of_torch_1_10_are_read():
+    checkpoint = RECORDED.checkpoint("torch1")
+    init = ours.nadam().init(zeros(RECORDED.params))
+    for entry in checkpoint["state"].values():
+        entry |= {"step": int(entry["step"]), "mu_product": float(entry["mu_product"])}
+    state = moments(ours.load_state(init, checkpoint, keep))
+    assert (int(state.count), float(state.mu_product)) == (10, checkpoint["state"][0]["mu_product"])
+
+
+def test_transposes_and_depth_are_those_of_to_params():
+    moment = np.arange(6, dtype=np.float32).reshape(2, 3)
+    entry = {"step": np.float32(3), "mu_product": np.float32(0.1), "exp_avg": moment, "exp_avg_sq": 2 * moment}
+    source = {"state": {0: entry}, "param_groups": [{"params": [0], "param_names": ["linear.weight"]}]}
+    tx = optax.chain(optax.clip(1.0), optax.MultiSteps(ours.nadam(), 2).gradient_transformation())
+    state = tx.init({"linear": {"kernel": jnp.zeros((3, 2))}})
+    loaded = ours.load_state(state, source, lambda w: {"linear": {"kernel": w["linear.weight"].T}})
+    np.testing.assert_array_equal(moments(loaded).m["linear"]["kernel"], moment.T)
+    np.testing.assert_array_equal(moments(loaded).v["linear"]["kernel"], 2 * moment.T)
+    assert float(moments(state).mu_product) == 1.0, "the old state is left as it was"
+
+
+def test_the_loaded_state_shares_no_memory_with_the_checkpoint():
+    checkpoint = RECORDED.checkpoint("checkpoint")
+    for entry in checkpoint["state"].values():
+        entry |= {key: aligned(entry[key]) for key in ("exp_avg", "exp_avg_sq")}
+    state = ours.load_state(ours.nadam().init(zeros(RECORDED.params)), checkpoint, keep)
+    before = np.array(moments(state).m["kernel"])
+    checkpoint["state"][1]["exp_avg"] += 1.0
+    np.testing.assert_array_equal(moments(state).m["kernel"], before)
+
+
+def aligned(array):
+    """The array at an address that JAX takes over without a copy."""
+    room = np.zeros(array.nbytes + 64, np.uint8)
+    start = -room.ctypes.data % 64
+    copy = room[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy
+
+
+@complex_leaves
+def test_complex_moments_come_and_go():
+    z = np.asarray([1 + 2j, -3 + 4j], np.complex64)
+    entry = {"step": np.float32(3), "mu_product": np.float32(0.1), "exp_avg": z, "exp_avg_sq": abs(z.real) + 9j}
+    real = {**entry, "exp_avg": np.ones(1, np.float32), "exp_avg_sq": np.ones(1, np.float32)}
+    source: dict[str, Any] = {
+        "state": {0: entry, 1: real},
+        "param_groups": [{**GROUP, "params": [0, 1], "param_names": ["z", "r"]}],
+    }
+    params = {"r": jnp.zeros(1), "z": jnp.zeros(2, jnp.complex64)}
+    state = ours.load_state(ours.nadam().init(params), source, keep)
+    assert [x.tolist() for x in moments(state).m["z"]] == [[1, -3], [2, 4]]
+    assert [x.tolist() for x in moments(state).v["z"]] == [[1, 3], [9, 9]]
+    dumped = ours.dump_state(state, keep, source["param_groups"])
+    for i, key in [(0, "exp_avg"), (0, "exp_avg_sq"), (1, "exp_avg")]:
+        np.testing.assert_array_equal(dumped["state"][i][key], source["state"][i][key])
+    assert dumped["state"][0]["exp_avg"].dtype == np.complex64
+
+
+def test_whole_complex_leaves_are_rejected():
+    params = {"z": jnp.zeros(2, jnp.complex64)}
+    state = NadamConfig().build().init(params)
+    with pytest.raises(ValueError, match=r"keeps complex leaves whole.*complex_as_real=True"):
+        ours.load_state(state, RECORDED.checkpoint("checkpoint"), keep)
+    with pytest.raises(ValueError, match=r"keeps complex leaves whole.*complex_as_real=True"):
+        ours.dump_state(state, keep, NadamConfig())
+
+
+def load(checkpoint, **options):
+    return ours.load_state(ours.nadam().init(zeros(RECORDED.params)), checkpoint, keep, **options)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ({"model": {}, "optimizer": {}}, r"source must be what torch.optim.NAdam.state_dict\(\) returns.*'model', 'op"),
+        ([1, 2], r"source must be what .*got list"),
+    ],
+)
+def test_what_is_no_checkpoint_is_rejected(source, text):
+    with pytest.raises(ValueError, match=text):
+        load(source)
+
+
+@pytest.mark.parametrize(
+    ("key", "added", "text"),
+    [
+        ("mu_product", False, r"state of parameter 'kernel' lacks mu_product: it was not written by torch.optim.NAdam"),
+        ("step", False, r"state of parameter 'kernel' lacks step"),
+        ("exp_avg_sq", False, r"state of parameter 'kernel' lacks exp_avg_sq"),
+        ("max_exp_avg_sq", True, r"state of parameter 'kernel' has unknown keys max_exp_avg_sq"),
+        ("momentum_buffer", True, r"state of parameter 'kernel' has unknown keys momentum_buffer"),
+    ],
+)
+def test_states_of_other_optimizers_are_rejected(key, added, text):
+    checkpoint = RECORDED.checkpoint("checkpoint")
+    entry = checkpoint["state"][1]
+    checkpoint["state"][1] = {**entry, key: 0} if added else {k: v for k, v in entry.items() if k != key}
+    with pytest.raises(ValueError, match=text):
+        load(checkpoint)
+
+
+def test_parameters_that_lag_are_named_or_carried_along():
+    checkpoint = RECORDED.checkpoint("checkpoint")
+    checkpoint["state"][1] |= {"step": np.float32(4), "mu_product": np.float32(0.5)}
+    with pytest.raises(ValueError, match=r"'kernel' took 4 \(product 0.5\); 3 others took 10 \(product .*'largest'"):
+        load(checkpoint)
+    state = moments(load(checkpoint, mismatch="largest"))
+    assert int(state.count) == 10
+    assert float(state.mu_product) == float(checkpoint["state"][0]["mu_product"])
+    np.testing.assert_array_equal(state.m["kernel"], checkpoint["state"][1]["exp_avg"])
+
+
+def test_products_that_differ_are_named_but_not_for_rounding():
+    checkpoint = RECORDED.checkpoint("checkpoint")
+    product = checkpoint["state"][0]["mu_product"]
+    checkpoint["state"][1]["mu_product"] = np.float32(product * (1 + 1e-6))
+    assert int(moments(load(checkpoint)).count) == 10
+    checkpoint["state"][1]["mu_product"] = np.float32(product * 1.01)
+    with pytest.raises(ValueError, match=r"'kernel' took 10 \(product .*; 3 others took 10"):
+        load(checkpoint)
+
+
+def test_what_never_stepped_is_named_or_filled_with_zeros():
+    checkpoint = RECORDED.checkpoint("checkpoint")
+    del checkpoint["state"][1]
+    with pytest.raises(ValueError, match=r"'kernel' took none; 3 others took 10"):
+        load(checkpoint)
+    with pytest.raises(ValueError, match=r"'kernel' never stepped.*Pass weights"):
+        load(checkpoint, mismatch="largest")
+    state = moments(load(checkpoint, mismatch="largest", weights=RECORDED.params))
+    assert not state.m["kernel"].any()
+    assert state.m["bias"].all()
+    in_order = [RECORDED.params[name] for name in ORDER]
+    by_order = ours.load_state(
+        ours.nadam().init(zeros(RECORDED.params)),
+        without_names(checkpoint),
+        lambda arrays: dict(zip(ORDER, arrays, strict=True)),
+        mismatch="largest",
+        weights=in_order,
+    )
+    jax.tree.map(np.testing.assert_array_equal, moments(by_order), state)
+    with pytest.raises(ValueError, match=r"weights must be the 4 parameters of the checkpoint, got 3"):
+        load(checkpoint, mismatch="largest", weights=in_order[:3])
+
+
+def test_weights_fill_up_what_the_optimizer_did_not_hold():
+    checkpoint = RECORDED.checkpoint("checkpoint")
+    first = {**checkpoint, "param_groups": checkpoint["param_groups"][:1]}
+
+    def to_params(arrays):
+        return {name: arrays[name] for name in ORDER}
+
+    init = ours.nadam().init(zeros(RECORDED.params))
+    with pytest.raises(ValueError, match=r"to_params asked for 'scale', .* moments of 'conv', 'kernel' only"):
+        ours.load_state(init, first, to_params)
+    state = moments(ours.load_state(init, first, to_params, weights=RECORDED.params))
+    assert not state.m["scale"].any()
+    assert state.m["conv"].all()
+
+
+def test_a_fresh_checkpoint_makes_a_fresh_state():
+    checkpoint = {**RECORDED.checkpoint("checkpoint"), "state": {}}
+    init = ours.nadam().init(zeros(RECORDED.params))
+    jax.tree.map(np.testing.assert_array_equal, load(checkpoint), init)
+    stepped = load(RECORDED.checkpoint("checkpoint"))
+    jax.tree.map(np.testing.assert_array_equal, ours.load_state(stepped, checkpoint, keep), init)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"names": ["a", "b"]}, r"names must name the 4 parameters of the checkpoint, got 2 names"),
+        ({"names": ["a", "a", "b", "b"]}, r"names must differ, got a, b more than once"),
+        ({"mismatch": "smallest"}, r"mismatch must be 'raise' or 'largest', got 'smallest'"),
+        ({"names": ["bias", "conv", "kernel", "scale"]}, r"m\['bias'\] has shape \(2, 2, 3\).*made for shape \(3,\)"),
+    ],
+)
+def test_options_that_do_not_fit(options, text):
+    with pytest.raises(ValueError, match=text):
+        load(RECORDED.checkpoint("checkpoint"), **options)
+
+
+def test_a_key_error_of_the_function_itself_is_left_alone():
+    def to_params(arrays):
+        return {}[next(iter(arrays))]
+
+    with pytest.raises(KeyError):
+        ours.load_state(ours.nadam().init(zeros(RECORDED.params)), RECORDED.checkpoint("checkpoint"), to_params)
+
+
+def test_a_recorded_checkpoint_comes_out_as_it_went_in():
+    checkpoint = RECORDED.checkpoint("checkpoint")
+    dumped = ours.dump_state(load(checkpoint), keep, checkpoint["param_groups"])
+    assert dumped["param_groups"] == checkpoint["param_groups"]
+    assert dumped["state"].keys() == checkpoint["state"].keys()
+    for i, entry in checkpoint["state"].items():
+        assert dumped["state"][i].keys() == entry.keys()
+        for key, value in entry.items():
+            np.testing.assert_array_equal(dumped["state"][i][key], value)
+            assert dumped["state"][i][key].dtype == value.dtype
+
+
+def test_dumped_arrays_can_be_written_and_are_each_their_own():
+    dumped = ours.dump_state(load(RECORDED.checkpoint("checkpoint")), keep, ours.config_from(GROUP))
+    assert list(dumped["param_groups"][0]["param_names"]) == sorted(ORDER)
+    dumped["state"][0]["step"] += 1
+    dumped["state"][0]["exp_avg"] += 1
+    assert (dumped["state"][0]["step"], dumped["state"][1]["step"]) == (11, 10)
+
+
+def test_as_tensor_is_applied_to_every_array():
+    seen: list[np.ndarray] = []
+    ours.dump_state(load(RECORDED.checkpoint("checkpoint")), keep, NadamConfig(), as_tensor=seen.append)
+    assert len(seen) == 4 * 4
+    assert all(isinstance(x, np.ndarray) for x in seen)
+
+
+def test_parameters_without_names_are_dumped_in_order():
+    checkpoint = without_names(RECORDED.checkpoint("checkpoint"))
+    state = load(checkpoint, names=ORDER)
+    for from_params in (lambda p: [p[name] for name in ORDER], lambda p: {name: p[name] for name in ORDER}):
+        dumped = ours.dump_state(state, from_params, checkpoint["param_groups"])
+        np.testing.assert_array_equal(dumped["state"][2]["exp_avg"], checkpoint["state"][2]["exp_avg"])
+    dumped = ours.dump_state(state, lambda p: [p[name] for name in ORDER], NadamConfig())
+    assert "param_names" not in dumped["param_groups"][0]
+    assert dumped["param_groups"][0]["params"] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("from_params", "kind", "text"),
+    [
+        (lambda p: p["bias"], TypeError, r"from_params must return a dict or a list of arrays, got ndarray"),
+        (lambda p: [p["bias"]], ValueError, r"from_params must return the 4 parameters of param_groups, got 1"),
+        (lambda p: {k.upper(): x for k, x in p.items()}, ValueError, r"'conv', 'kernel', 'scale', 'bias' are not"),
+    ],
+)
+def test_from_params_that_do_not_fit(from_params, kind, text):
+    checkpoint = RECORDED.checkpoint("checkpoint")
+    with pytest.raises(kind, match=text):
+        ours.dump_state(load(checkpoint), from_params, checkpoint["param_groups"])
+
+
+def test_a_config_of_another_rule_is_not_dumped():
+    with pytest.raises(ValueError, match=r"option rule='constant' has no counterpart"):
+        ours.dump_state(load(RECORDED.checkpoint("checkpoint")), keep, NadamConfig(rule="constant"))
+
+
+def test_a_state_without_nadam_is_rejected():
+    state = optax.adam(1.0).init(zeros(RECORDED.params))
+    with pytest.raises(ValueError, match="must hold one ScaleByNadamState, but holds 0"):
+        ours.load_state(state, RECORDED.checkpoint("checkpoint"), keep)
+    with pytest.raises(ValueError, match="must hold one ScaleByNadamState, but holds 0"):
+        ours.dump_state(state, keep, NadamConfig())

@@ -1,0 +1,54 @@
+"""Every line of the migration table runs, and does what its left-hand side did."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+PAGE = (Path(__file__).parent.parent / "docs" / "migrate.md").read_text()
+METHODS = [
+    *("apply_gradients", "minimize", "get_gradients", "get_config", "from_config", "get_weights", "set_weights"),
+    *("get_slot", "get_slot_names", "add_slot", "variables", "iterations", "clipvalue", "clipnorm", "global_clipnorm"),
+    *("decay", "replicas"),
+]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Left-hand sides with their lines of code."""
+    found = re.findall(r"^\| (.*?) \| `(.*)` \|$", PAGE, flags=re.MULTILINE)
+    assert len(found) == PAGE.count("\n| ") - 1
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_the_reference_has_a_row(rows, method):
+    assert any(method in there for there, _ in rows)
+
+
+@pytest.mark.lenient("Optax's wrappers mix dtypes")
+def test_the_lines_run_and_do_it(rows):
+    names: dict[str, Any] = {}
+    (setup,) = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+    exec(setup, names)
+    start = names["loss_fn"](names["params"])
+    for there, here in rows:
+        exec(here, names)
+        if "minimize" in there:
+            assert names["loss"] < start
+            assert names["loss_fn"](names["params"]) < names["loss"]
+        if "iterations`" in there:
+            assert names["iterations"] == 2
+        if "set_weights" in there:
+            again = names["compat"].keras.get_weights(names["state"])
+            assert len(again) == 2 + 2 * 2
+            assert all(np.array_equal(a, b) for a, b in zip(again, names["weights"], strict=True))
+        if "from_config" in there:
+            assert names["compat"].keras.config_from(names["stored"]) == names["config"]
+        if "replicas" in there:
+            assert np.array_equal(names["grads"], np.full((2, 3), 2.0))
+    assert names["names"] == ("m", "v")
+    assert names["slot"].shape == (3, 2)
+    assert len(names["variables"]) == 2 + 2 * 2
