@@ -274,7 +274,8 @@ def config_to(config: NadamConfig, dialect: str = "keras") -> dict[str, Any]:
     """The dict from which Keras' own ``Nadam.from_config`` makes the optimizer of these hyperparameters.
 
     For the rule ``"loss_scaled"`` it is one for ``keras.optimizers.LossScaleOptimizer.from_config``. The other way
-    round, ``config_from(config_to(config, dialect)) == config``.
+    round, ``config_from(config_to(config, dialect)) == config``, but for what has no effect and no word in Keras:
+    ``complex_as_real``, and the kind of a weight decay of zero.
 
     Args:
       config: the hyperparameters.
@@ -616,7 +617,9 @@ def _check_between_steps(opt_state: Any) -> None:
 def _check_said(config: NadamConfig, dialect: str) -> None:
     """Rejects fields that a dialect has no word for."""
     plain = NadamConfig(momentum_decay=0.004 if dialect == "legacy" else 1.0)
-    said = {"learning_rate", "b1", "b2", "eps", "clip_norm", "clip_value", "clip_global_norm"} | _SAID[dialect]
+    # complex_as_real is silent: it changes nothing for real leaves, and Keras has no other.
+    said = {"complex_as_real", "learning_rate", "b1", "b2", "eps", "clip_norm", "clip_value", "clip_global_norm"}
+    said |= _SAID[dialect] | (set() if config.weight_decay else {"coupled_weight_decay"})
     clips = [name for name in ("clip_norm", "clip_value", "clip_global_norm") if getattr(config, name) is not None]
     problems = [
         f"{field.name}={getattr(config, field.name)!r} (only {getattr(plain, field.name)!r})"

@@ -287,7 +287,11 @@ def test_schedules_round_trip_under_keras_names(name, dialect):
         (NadamConfig(momentum_decay=1.0, clip_norm=1.0, clip_value=1.0), "keras", r"clip_norm beside clip_value"),
         (NadamConfig(momentum_decay=1.0, clip_norm=1.0, clip_value=1.0), "tf_keras", r"clip_norm beside clip_value"),
         (NadamConfig(momentum_decay=1.0, accumulate_steps=2), "tf_keras", r"accumulate_steps=2 \(only 1\)"),
-        (NadamConfig(momentum_decay=1.0, coupled_weight_decay=True), "keras", r"coupled_weight_decay=True"),
+        (
+            NadamConfig(momentum_decay=1.0, coupled_weight_decay=True, weight_decay=0.1),
+            "keras",
+            r"coupled_weight_decay=True",
+        ),
         (NadamConfig(weight_decay=0.1, decay=0.1), "legacy", r"weight_decay=0.1 \(only 0.0\), decay=0.1"),
         (NadamConfig(clip_norm=1.0, clip_global_norm=1.0), "legacy", r"clip_norm beside clip_global_norm"),
         (NadamConfig(eps=0.0), "legacy", r"eps=0.0 \(it becomes 1e-7\)"),
