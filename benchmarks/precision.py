@@ -11,7 +11,7 @@ from jax import numpy as jnp
 
 import optax_nadam
 from benchmarks._report import save
-from tests.reference import RULES, Nadam
+from tests.reference import FURTHER_RULES, RULES, Nadam
 
 B2 = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
 STEPS = (1, 2, 3, 5, 10, 30, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
@@ -47,7 +47,8 @@ def main() -> None:
     """Measures every rule, and optax.nadam beside the rule that it follows."""
     rows = []
     subjects: list[tuple[str, str, Callable[..., Any], Callable[..., Any]]] = [
-        (f"optax_nadam, {rule}", rule, functools.partial(_ours, rule), optax_nadam.ScaleByNadamState) for rule in RULES
+        (f"optax_nadam, {rule}", rule, functools.partial(_ours, rule), optax_nadam.ScaleByNadamState)
+        for rule in RULES + FURTHER_RULES
     ]
     subjects.append(
         ("optax.nadam", "constant", _optax, lambda count, product, m, v: optax.ScaleByAdamState(count, m, v))
