@@ -474,8 +474,11 @@ def test_recorded_states_are_those_we_reach(dialect):
     config = keras.config_from(RECORDED["configs"][f"{dialect}/defaults"]["config"])
     params, grads = problem(0)
     _, state = run(config.build(), params, grads)
-    by_name = lambda tree: [tree[name] for name in SHAPES]  # noqa: E731 # the order of the recorded weights
-    mine = keras.dump_state(state, by_name, dialect=dialect, config=config)
+
+    def in_order(tree):
+        return [tree[name] for name in SHAPES]
+
+    mine = keras.dump_state(state, in_order, dialect=dialect, config=config)
     for x, y in zip(mine, stored, strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
         # Their 1 - beta_2, in float32, is off by 1.3e-5, which the debiasing undoes.

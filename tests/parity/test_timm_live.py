@@ -35,14 +35,6 @@ ELEMENTWISE = [name for name, kwargs in CASES.items() if not kwargs.keys() & {"c
 strict_optax = pytest.mark.lenient("optax.contrib.split_real_and_imaginary multiplies float32 by 1j")
 
 
-@pytest.fixture
-def double():
-    """Double precision in torch, its counters included."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def bound(params, grads, lr):
     """In units of lr, half a unit in the last place of the largest parameter at each step.
 

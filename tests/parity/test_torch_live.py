@@ -30,14 +30,6 @@ CASES: dict[str, dict[str, Any]] = TORCH_CASES | {
 strict_optax = pytest.mark.lenient("optax.contrib.split_real_and_imaginary multiplies float32 by 1j")
 
 
-@pytest.fixture
-def double():
-    """Double precision in torch, its counters included."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 def complex_problem(seed, **options):
     """Half of the parameters complex."""
     (params, grads), (others, other_grads) = problem(seed, **options), problem(seed + 100, **options)
