@@ -1,8 +1,10 @@
-"""Runs the tests, the example, the runs beside the frameworks or the checks, in an environment that it makes itself.
+"""Runs the tests, the example, the longer test runs or the checks, in an environment that it makes itself.
 
     python run.py tests
     python run.py example
-    python run.py parity
+    python run.py parity      beside Keras, TensorFlow, PyTorch and timm
+    python run.py tpu         compiled ahead of time for TPU; needs none
+    python run.py long        what takes minutes: a million steps, thousands of random trees, the largest leaves
 
 Needs Python 3.11 or later and a package index, nothing else. What follows the task is passed on to it.
 """
@@ -16,18 +18,15 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-PARITY = [
-    "-m",
-    "pytest",
-    "--fail-on-skip",
-    "-o",
-    "addopts=--strict-markers --strict-config --import-mode=importlib -ra",
-]
+PYTEST = ["-m", "pytest", "--fail-on-skip"]
+ELSEWHERE = [*PYTEST, "-o", "addopts=--strict-markers --strict-config --import-mode=importlib -ra"]
 TASKS: dict[str, tuple[str, list[list[str]]]] = {
-    "tests": ("test", [["-m", "pytest", "--fail-on-skip"]]),
+    "tests": ("test", [PYTEST]),
     "example": ("examples", [["examples/train_digits.py"]]),
     # timm asks for torchvision, which its optimizers do not need.
-    "parity": ("parity", [["-m", "pip", "install", "-q", "--no-deps", "timm==1.0.31"], [*PARITY, "tests/parity"]]),
+    "parity": ("parity", [["-m", "pip", "install", "-q", "--no-deps", "timm==1.0.31"], [*ELSEWHERE, "tests/parity"]]),
+    "tpu": ("tpu", [[*ELSEWHERE, "tests/tpu"]]),
+    "long": ("test", [[*PYTEST, "-m", "long or property", "--hypothesis-profile=long"]]),
     "checks": ("dev", [["-m", "ruff", "format", "--check"], ["-m", "ruff", "check"], ["-m", "mypy"]]),
 }
 
@@ -53,7 +52,10 @@ def main() -> int:
     parser.add_argument("task", choices=TASKS)
     arguments, passed_on = parser.parse_known_args()
     extra, commands = TASKS[arguments.task]
-    python = environment(arguments.venv.resolve(), extra, arguments.constraints.resolve())
+    folder = arguments.venv.resolve()
+    if extra == "tpu":  # libtpu stays out of the environment of everything else
+        folder = folder.with_name(f"{folder.name}-tpu")
+    python = environment(folder, extra, arguments.constraints.resolve())
     *before, last = commands
     codes = [subprocess.run([python, *command], cwd=ROOT).returncode for command in before]
     return max(*codes, subprocess.run([python, *last, *passed_on], cwd=ROOT).returncode, 0)

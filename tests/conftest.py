@@ -1,9 +1,15 @@
 """Strictness for every test, and the few things that tests share."""
 
 import chex
+import hypothesis
 import jax
 import numpy as np
 import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for tests of sharding; all else runs on the first
+hypothesis.settings.register_profile("short", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("long", parent=hypothesis.settings.get_profile("short"), max_examples=2000)
+hypothesis.settings.load_profile("short")
 
 STRICT = {"jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": "raise", "jax_enable_x64": False}
 
