@@ -32,9 +32,21 @@ def with_parts(real: DTypeLike, leaf: Any) -> jnp.dtype:
 
 def zero_m(param: Any, dtype: DTypeLike | None) -> jax.Array:
     """The first moment before the first step, complex where the parameter is."""
-    return jnp.zeros_like(param, dtype=with_parts(dtype or real_dtype(param), param))
+    return _zeros_like(param, with_parts(dtype or real_dtype(param), param))
 
 
 def zero_v(param: Any, dtype: DTypeLike | None) -> jax.Array:
     """The second moment before the first step, always real."""
-    return jnp.zeros_like(param, dtype=dtype or real_dtype(param))
+    return _zeros_like(param, dtype or real_dtype(param))
+
+
+def _zeros_like(param: Any, dtype: DTypeLike) -> jax.Array:
+    """Zeros sharded like the parameter.
+
+    Under jit a constant has no sharding and would land on one device, and leaves that share it would share one
+    layout. So there it is reckoned from the parameter: no number is less than itself.
+    """
+    if not isinstance(param, jax.core.Tracer):
+        return jnp.zeros_like(param, dtype=dtype)
+    real = jnp.real(param)
+    return (real < real).astype(dtype)

@@ -1,0 +1,163 @@
+"""Over eight devices: where the state lies, what the devices say to each other, and that the numbers do not change."""
+
+import contextlib
+import functools
+import importlib
+import re
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from optax_nadam import nadam, nadamw
+from optax_nadam._rules import RULES
+
+COLLECTIVE = re.compile(r"= .*\b(all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
+AXES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
+SPECS = {
+    "both": PartitionSpec("data", "model"),
+    "rows": PartitionSpec("data"),
+    "columns": PartitionSpec(None, "model"),
+    "one axis": PartitionSpec(("data", "model")),
+    "whole": PartitionSpec(),
+}
+set_mesh = getattr(jax, "set_mesh", None) or getattr(jax.sharding, "use_mesh")  # noqa: B009  # as before jax 0.7
+in_axes = pytest.mark.parametrize("axes", AXES)
+
+
+@contextlib.contextmanager
+def mesh_of(axes, shape=(4, 2), names=("data", "model")):
+    mesh = jax.make_mesh(shape, names, axis_types=(AXES[axes],) * len(shape))
+    with set_mesh(mesh) if axes == "explicit" else contextlib.nullcontext():
+        yield mesh
+
+
+def random_tree(rng):
+    """Leaves of different shapes: XLA before jax 0.7 moves the scalars that leaves of one shape share in a step."""
+    return {name: rng.standard_normal((16, 8 * n)).astype(np.float32) for n, name in enumerate(SPECS, start=1)}
+
+
+def laid_out(tree, mesh, specs=SPECS):
+    return {name: jax.device_put(leaf, NamedSharding(mesh, specs[name])) for name, leaf in tree.items()}
+
+
+def shard_map(f, checked, **specs):
+    if hasattr(jax, "shard_map"):
+        return jax.shard_map(f, check_vma=checked, **specs)
+    return importlib.import_module("jax.experimental.shard_map").shard_map(f, check_rep=checked, **specs)
+
+
+def make_step(tx):
+    def step(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def collectives(compiled):
+    return COLLECTIVE.findall(compiled.as_text())
+
+
+def assert_laid_out(tree, mesh):
+    for name, leaf in tree.items():
+        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, SPECS[name]), leaf.ndim), (name, leaf.sharding)
+
+
+@in_axes
+@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
+def test_moments_lie_as_the_params_do_from_the_start(axes, compile, dtype):
+    with mesh_of(axes) as mesh:
+        state = compile(nadamw().init)(laid_out({name: np.ones((16, 24), dtype) for name in SPECS}, mesh))
+        assert_laid_out(state[0].m, mesh)
+        assert_laid_out(state[0].v, mesh)
+
+
+@in_axes
+@pytest.mark.parametrize("rule", RULES)
+def test_steps_need_no_collective_and_give_the_numbers_of_one_device(rng, axes, rule):
+    tx = nadamw(1e-2, rule=rule)
+    step = make_step(tx)
+    params, grads = random_tree(rng), [random_tree(rng) for _ in range(5)]
+    alone, state_alone = params, tx.init(params)
+    for g in grads:
+        alone, state_alone = jax.jit(step)(g, state_alone, alone)
+
+    with mesh_of(axes) as mesh:
+        params = laid_out(params, mesh)
+        grads = [laid_out(g, mesh) for g in grads]
+        state = jax.jit(tx.init)(params)
+        compiled = jax.jit(step).lower(grads[0], state, params).compile()
+        assert collectives(compiled) == []
+        for g in grads:
+            params, state = compiled(g, state, params)
+        for tree in (params, state[0].m, state[0].v):
+            assert_laid_out(tree, mesh)
+    chex.assert_trees_all_equal(jax.device_get((params, state)), jax.device_get((alone, state_alone)))
+
+
+def test_moments_split_over_replicas_of_the_params_cost_one_gather_of_the_update(rng):
+    """ZeRO-1: each device keeps an eighth of the moments and computes an eighth of the update."""
+    params = {"kernel": rng.standard_normal((64, 32)).astype(np.float32), "bias": np.zeros(32, np.float32)}
+    grads = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), params)
+    tx = nadamw(1e-2)
+    step = make_step(tx)
+    expected, _ = jax.jit(step)(grads, tx.init(params), params)
+
+    with mesh_of("automatic", (8,), ("data",)) as mesh:
+        whole, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+        state = jax.jit(tx.init)(jax.device_put(params, split))
+        arguments = jax.device_put(grads, split), state, jax.device_put(params, whole)
+        compiled = jax.jit(step, out_shardings=(whole, None)).lower(*arguments).compile()
+        got, state = compiled(*arguments)
+
+    assert collectives(compiled) == ["all-gather"] * len(params)
+    chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(expected))
+    for moment in (state[0].m, state[0].v):
+        assert all(leaf.sharding.is_equivalent_to(split, leaf.ndim) for leaf in jax.tree.leaves(moment))
+    number = sum(leaf.size for leaf in params.values())
+    assert bytes_on_a_device((state[0].m, state[0].v)) == 8 * number / 8
+
+
+def bytes_on_a_device(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("mean_of", ["gradients", "loss"])
+def test_replicas_under_shard_map_take_the_step_of_the_mean_gradient(rng, mean_of):
+    """Where tf.keras sums the gradients of its replicas, pmean takes their mean, or the gradient of the mean loss.
+
+    JAX sums the gradients of params that all replicas share by itself where it checks what varies over them.
+    """
+    x, y = rng.standard_normal((32, 4)).astype(np.float32), rng.standard_normal(32).astype(np.float32)
+    params = {"w": jnp.zeros(4), "b": jnp.zeros(())}
+    tx = nadam(0.05)
+
+    def train(params, x, y, of_loss=lambda loss: loss, of_gradients=lambda grads: grads):
+        def loss(params):
+            return of_loss(jnp.mean((x @ params["w"] + params["b"] - y) ** 2))
+
+        def step(carry, _):
+            params, state = carry
+            return make_step(tx)(of_gradients(jax.grad(loss)(params)), state, params), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), length=50)[0]
+
+    expected = jax.jit(train)(params, x, y)
+    mean = functools.partial(jax.lax.pmean, axis_name="data")
+    with mesh_of("automatic", (8,), ("data",)) as mesh:
+        everywhere, split = PartitionSpec(), PartitionSpec("data")
+        replicas = shard_map(
+            functools.partial(train, **{f"of_{mean_of}": mean}),
+            mesh=mesh,
+            in_specs=(everywhere, split, split),
+            out_specs=everywhere,
+            checked=mean_of == "loss",
+        )
+        got = jax.jit(replicas)(params, x, y)
+    chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), rtol=2e-5, atol=1e-6)
