@@ -41,20 +41,33 @@ def milliseconds(seconds: list[float]) -> str:
     return f"{middle:.4g} ms ({low:.4g} to {high:.4g})"
 
 
-def save(name: str, question: str, columns: list[str], rows: list[list[Any]], note: str = "") -> None:
-    """Writes a result with its machine, versions and date, prints it, and makes the tables anew."""
+def save(
+    name: str,
+    question: str,
+    columns: list[str],
+    rows: list[list[Any]],
+    note: str = "",
+    *,
+    backend: str | None = None,
+    hardware: str | None = None,
+    packages: tuple[str, ...] = (),
+) -> None:
+    """Writes a result with its machine, versions and date, prints it, and makes the tables anew.
+
+    A result that is not about the machine it was had on names its own backend, hardware and further packages.
+    """
     result = {
         "question": question,
         "command": f"python -m benchmarks.{name}",
         "date": datetime.date.today().isoformat(),
-        "machine": machine(),
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "machine": hardware or machine(),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES + packages},
         "columns": columns,
         "rows": rows,
         "note": note,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{jax.default_backend()}.json"
+    path = RESULTS / f"{name}-{backend or jax.default_backend()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     write_tables()

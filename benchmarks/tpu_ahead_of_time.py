@@ -1,0 +1,235 @@
+"""What does the compiler for TPU make of a step? It needs no TPU, only what the extra ``tpu`` brings."""
+
+import collections
+import functools
+import math
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax import numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+import optax_nadam
+from benchmarks._report import save
+from benchmarks.step_time import gpt2_small
+from benchmarks.tracing import whole_step
+from tests.reference import RULES
+
+Shapes = dict[str, tuple[int, ...]]
+
+LARGE: Shapes = {"w": (8192, 8192)}
+SEVERAL: Shapes = LARGE | {"u": (1024, 4096), "b": (4096,)}
+GPT2: Shapes = {f"w{i}": shape for i, shape in enumerate(gpt2_small())}
+SPLIT = PartitionSpec("data")
+TOPOLOGIES: dict[int, dict[str, Any]] = {
+    1: {"topology_name": "v5e:1x1", "chips_per_host_bounds": (1, 1, 1)},
+    16: {"topology_name": "v5e:4x4"},
+    256: {"topology_name": "v5e:16x16"},
+}
+NO_TPU_HERE = {
+    "TPU_SKIP_MDS_QUERY": "1",  # or libtpu waits for a metadata server to say which TPU this is
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process that compiles at the same time fails
+}
+NOTE = """\
+Compiled ahead of time, not run; needs the extra `tpu` (`pip install -e ".[tpu]"`). A whole step: update, weight decay,
+learning rate, `apply_updates`; gradients given, params and state donated. All figures are of one chip. Arrays are one
+float32 leaf, the same in bfloat16, or the 148 float32 leaves of GPT-2 small. Params, gradients and moments are split
+over the chips; under ZeRO-1 params are whole on each, so bytes are a parameter of the whole model.
+
+Traffic is what passes between the chip and its memory, read from the program. The floor is 28 in float32 (read params,
+gradients and two moments; write params and moments) and 22 for bfloat16 params and gradients with float32 moments;
+`optax.nadam` keeps bfloat16 moments there, hence 14. Bytes accessed is XLA's own count: it adds the scalars, at most
+0.3 MB a step whatever the size of the leaves, and counts several times what is fetched ahead into the chip, as in
+GPT-2. In place: results that take a donated argument's memory; two rules do not read the product of the momenta, a
+scalar, so its place is not used again.
+
+Under ZeRO-1 it pays to gather the updates (a link that constrains their sharding). Where `out_shardings` alone asks for
+whole params, the compiler gathers the new params and copies all params twice; the traffic shown there is an upper
+bound, for it takes the old params to be read whole."""
+
+
+@functools.cache
+def mesh_of(chips: int) -> Mesh:
+    """Chips of a TPU v5e that need not exist, in one axis, ``data``."""
+    for name, value in NO_TPU_HERE.items():
+        os.environ.setdefault(name, value)
+    devices = topologies.get_topology_desc(platform="tpu", **TOPOLOGIES[chips]).devices
+    return Mesh(np.asarray(devices), ("data",))
+
+
+def laid_out(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """Abstract arrays, split over the chips as the spec says; scalars are on every chip."""
+    everywhere = PartitionSpec()
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec if x.ndim else everywhere)),
+        tree,
+    )
+
+
+def compiled_step(
+    tx: Any,
+    shapes: Shapes,
+    chips: int,
+    dtype: DTypeLike = jnp.float32,
+    params_spec: PartitionSpec = SPLIT,
+    pin: bool = False,
+) -> Any:
+    """The executable of a step that donates params and state; gradients and moments are split over the chips.
+
+    Results lie where the compiler puts them or, pinned, where the params and the state lay.
+    """
+    mesh = mesh_of(chips)
+    params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
+    donated = laid_out(params, mesh, params_spec), laid_out(jax.eval_shape(tx.init, params), mesh, SPLIT)
+    results = jax.tree.map(lambda x: x.sharding, donated) if pin else None
+    step = jax.jit(whole_step(tx, apply=True), donate_argnums=(0, 1), out_shardings=results)
+    return step.lower(*donated, laid_out(params, mesh, SPLIT)).compile()
+
+
+def gathered(tx: Any, chips: int) -> Any:
+    """An optimizer whose updates are brought together on every chip (ZeRO-1: whole params, split moments)."""
+    everywhere = NamedSharding(mesh_of(chips), PartitionSpec())
+    gather = optax.stateless(lambda updates, _: jax.lax.with_sharding_constraint(updates, everywhere))
+    return optax.chain(tx, gather)
+
+
+class Instruction(NamedTuple):
+    """One instruction of a compiled program: the type of its result, what it does, the types of its operands."""
+
+    type: str
+    operation: str
+    operands: list[str]
+
+
+_INSTRUCTION = re.compile(r'^ +(?:ROOT )?%(\S+) = (.*?) ([a-z-]+)\((.*?)\)(?:,.*custom_call_target="(\w+)")?', re.M)
+_ARRAY = re.compile(r"[a-z](\d*)\[(\d[\d,]*)\](\S*)")  # bits, none for booleans; shape; layout
+_COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+_FETCHED = {"copy-done", "slice-done"}
+_NO_WORK = {"parameter", "tuple", "get-tuple-element", "bitcast", "ConcatBitcast", "copy-start", "slice-start"}
+
+
+def instructions(compiled: Any) -> Iterator[Instruction]:
+    """The instructions of the entry computation that read or make arrays."""
+    types: dict[str, str] = {}
+    for name, type_, operation, operands, target in _INSTRUCTION.findall(compiled.as_text().split("\nENTRY")[1]):
+        types[name] = type_
+        instruction = Instruction(type_, target or operation, [types[x] for x in re.findall(r"%([\w.-]+)", operands)])
+        if any(map(_ARRAY.search, (type_, *instruction.operands))):
+            yield instruction
+
+
+def kernels(compiled: Any) -> collections.Counter[str]:
+    """How many kernels of which kind work on arrays; to fetch them ahead, or to name them, is no work."""
+    operations = (x.operation for x in instructions(compiled))
+    return collections.Counter(x for x in operations if x not in _NO_WORK | _FETCHED)
+
+
+def collectives(compiled: Any) -> collections.Counter[str]:
+    """How many collectives of which kind there are anywhere in the program."""
+    return collections.Counter(_COLLECTIVE.findall(compiled.as_text()))
+
+
+def in_place(compiled: Any) -> int:
+    """How many results take the place of a donated argument."""
+    return compiled.as_text().split("\n")[0].count("-alias)")
+
+
+def traffic(compiled: Any) -> int:
+    """Bytes of arrays that pass between one chip and its memory, where every kernel reads its operands whole.
+
+    XLA's own figure, ``bytes accessed``, has scalars too, and counts what is fetched ahead several times.
+    """
+    total = 0
+    for type_, operation, operands in instructions(compiled):
+        if operation in _FETCHED:
+            total += _bytes(type_)
+        elif operation not in _NO_WORK:
+            total += sum(_bytes(x, on_chip=False) for x in (type_, *operands))
+    return total
+
+
+def _bytes(type_: str, on_chip: bool = True) -> int:
+    """The size of the arrays of a type, with or without those kept in the chip's own memory."""
+    return sum(
+        math.prod(map(int, shape.split(","))) * int(bits or 8) // 8
+        for bits, shape, layout in _ARRAY.findall(type_)
+        if on_chip or "S(1)" not in layout
+    )
+
+
+def row(name: str, arrays: str, compiled: Any, shapes: Shapes, chips: int, replicated: bool = False) -> list[Any]:
+    """One line of the table, of one chip and the parameters on it."""
+    memory, size = compiled.memory_analysis(), sum(map(math.prod, shapes.values()))
+    here = size if replicated else size // chips
+    return [
+        name,
+        arrays,
+        chips,
+        f"{traffic(compiled) / here:.2f}",
+        f"{compiled.cost_analysis()['bytes accessed'] / here:.2f}",
+        ", ".join(f"{count / len(shapes):g} {kind}" for kind, count in sorted(kernels(compiled).items())),
+        sum(collectives(compiled).values()),
+        memory.temp_size_in_bytes,
+        f"{memory.argument_size_in_bytes / 1e6:.1f}",
+        f"{memory.output_size_in_bytes / 1e6:.1f}",
+        f"{in_place(compiled)} of {len(jax.tree.leaves(compiled.output_shardings))}",
+    ]
+
+
+OURS = {f"nadam, {rule}": optax_nadam.nadam(1e-3, rule=rule) for rule in RULES} | {"nadamw": optax_nadam.nadamw(1e-3)}
+RIVALS = {"optax.nadam": optax.nadam(1e-3), "optax.nadamw": optax.nadamw(1e-3), "optax.adamw": optax.adamw(1e-3)}
+PAIR = {"nadam, scheduled": OURS["nadam, scheduled"], "optax.nadam": RIVALS["optax.nadam"]}
+
+
+def rows() -> Iterator[list[Any]]:
+    """All optimizers on all topologies; ours and its counterpart on other arrays and in another layout."""
+    for name, tx in (OURS | RIVALS).items():
+        for chips in TOPOLOGIES:
+            yield row(name, "8192 x 8192", compiled_step(tx, LARGE, chips), LARGE, chips)
+    for name, tx in PAIR.items():
+        yield row(name, "8192 x 8192, bfloat16", compiled_step(tx, LARGE, 1, jnp.bfloat16), LARGE, 1)
+    for name, tx in PAIR.items():
+        yield row(name, "GPT-2 small", compiled_step(tx, GPT2, 1), GPT2, 1)
+    for name, tx in PAIR.items():
+        for what, ending in (("updates", gathered(tx, 16)), ("params", tx)):
+            compiled = compiled_step(ending, LARGE, 16, params_spec=PartitionSpec(), pin=True)
+            yield row(f"{name}, {what} gathered", "8192 x 8192, ZeRO-1", compiled, LARGE, 16, replicated=True)
+
+
+def main() -> None:
+    """Compiles and reads, and runs nothing."""
+    save(
+        "tpu_ahead_of_time",
+        "What does the compiler for TPU make of a step?",
+        [
+            "optimizer",
+            "arrays",
+            "chips",
+            "traffic a parameter",
+            "bytes accessed a parameter",
+            "kernels a leaf",
+            "collectives",
+            "temporaries, bytes",
+            "arguments, MB",
+            "results, MB",
+            "in place",
+        ],
+        list(rows()),
+        NOTE,
+        backend="tpu",
+        hardware="compiled for TPU v5e, with none present",
+        packages=("libtpu",),
+    )
+
+
+if __name__ == "__main__":
+    main()

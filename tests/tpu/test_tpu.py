@@ -1,0 +1,157 @@
+"""What a step costs on a TPU, read from the programs compiled for it."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import optax
+import pytest
+from jax import numpy as jnp
+from jax.sharding import PartitionSpec
+
+from benchmarks.tpu_ahead_of_time import (
+    GPT2,
+    LARGE,
+    OURS,
+    SEVERAL,
+    SPLIT,
+    TOPOLOGIES,
+    collectives,
+    compiled_step,
+    gathered,
+    in_place,
+    kernels,
+    laid_out,
+    mesh_of,
+    traffic,
+)
+
+WITHOUT_PRODUCT = ("nadam, constant", "nadam, simplified")  # their coefficients do not read the state's mu_product
+SCALARS = 300_000  # bytes of them that XLA counts in a step, whatever the size of the leaves
+EVERY_SHAPES = {"a large leaf": LARGE, "several leaves": SEVERAL}
+CASES = [
+    pytest.param(name, shapes, chips, id=f"{name}, {what}, {chips} chips")
+    for name in OURS
+    for what, shapes in EVERY_SHAPES.items()
+    for chips in TOPOLOGIES
+]
+every_case = pytest.mark.parametrize(("name", "shapes", "chips"), CASES)
+MANY = [chips for chips in TOPOLOGIES if chips > 1]
+EVERYWHERE = PartitionSpec()
+
+
+def size(shapes):
+    return sum(map(math.prod, shapes.values()))
+
+
+@functools.cache
+def _compiled(name, leaves, chips):
+    return compiled_step(OURS[name], dict(leaves), chips)
+
+
+def compiled(name, shapes, chips):
+    return _compiled(name, tuple(shapes.items()), chips)
+
+
+@every_case
+def test_every_array_crosses_the_memory_bus_once(name, shapes, chips):
+    assert traffic(compiled(name, shapes, chips)) == 28 * size(shapes) // chips
+
+
+@pytest.mark.parametrize("chips", TOPOLOGIES)
+@pytest.mark.parametrize("name", OURS)
+def test_xla_counts_the_same_bytes_and_some_scalars(name, chips):
+    accessed = compiled(name, LARGE, chips).cost_analysis()["bytes accessed"]
+    assert 0 <= accessed - 28 * size(LARGE) // chips < SCALARS
+
+
+@every_case
+def test_one_fusion_a_leaf_and_no_collective(name, shapes, chips):
+    step = compiled(name, shapes, chips)
+    assert kernels(step) == {"fusion": len(shapes)}
+    assert not collectives(step)
+
+
+@every_case
+def test_no_temporary_and_every_array_updated_in_place(name, shapes, chips):
+    step = compiled(name, shapes, chips)
+    memory, results = step.memory_analysis(), len(jax.tree.leaves(step.output_shardings))
+    assert memory.temp_size_in_bytes == 0
+    assert memory.alias_size_in_bytes >= 12 * size(shapes) // chips
+    assert in_place(step) == results - (name in WITHOUT_PRODUCT)
+
+
+def specs(tree):
+    return {sharding.spec for sharding in jax.tree.leaves(tree)}
+
+
+def moments(state):
+    return optax.tree.get(state, "m"), optax.tree.get(state, "v")
+
+
+@pytest.mark.parametrize("shapes", EVERY_SHAPES.values(), ids=EVERY_SHAPES)
+@pytest.mark.parametrize("chips", MANY)
+@pytest.mark.parametrize("name", OURS)
+def test_params_and_moments_stay_split(name, chips, shapes):
+    params, state = compiled(name, shapes, chips).output_shardings
+    assert specs((params, *moments(state))) == {SPLIT}
+
+
+@pytest.mark.parametrize("chips", MANY)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_jitted_init_makes_the_moments_where_the_params_are(dtype, chips):
+    params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in SEVERAL.items()}
+    init: Any = jax.jit(OURS["nadamw"].init).lower(laid_out(params, mesh_of(chips), SPLIT)).compile()
+    assert specs(moments(init.output_shardings)) == {SPLIT}
+    assert init.memory_analysis().output_size_in_bytes < 8 * size(SEVERAL) / chips + 4096
+    assert not collectives(init)
+
+
+@pytest.mark.parametrize("chips", TOPOLOGIES)
+def test_bfloat16_params_and_gradients_with_float32_moments(chips):
+    step = compiled_step(OURS["nadamw"], LARGE, chips, jnp.bfloat16)
+    assert traffic(step) == 22 * size(LARGE) // chips
+    assert kernels(step) == {"fusion": 1}
+    assert step.memory_analysis().temp_size_in_bytes == 0
+
+
+def test_the_leaves_of_gpt2_small_take_a_fusion_each():
+    step = compiled_step(OURS["nadamw"], GPT2, 1)
+    assert traffic(step) == 28 * size(GPT2)
+    assert kernels(step) == {"fusion": 148}
+    assert step.memory_analysis().temp_size_in_bytes == 0
+
+
+# ZeRO-1: whole params on every chip; gradients, as a reduce-scatter leaves them, and moments split.
+
+
+def zero1(shapes):
+    return compiled_step(gathered(OURS["nadam, scheduled"], 16), shapes, 16, params_spec=EVERYWHERE)
+
+
+def test_zero1_updates_the_shard_and_gathers_once():
+    step, n = zero1(LARGE), size(LARGE)
+    # The shard: g, m, v in and u, m, v out; then u gathered from all; then params and u in, params out. The shard of u
+    # may stay on the chip between the first two.
+    most = 24 * n // 16 + (4 * n // 16 + 4 * n) + 12 * n
+    assert most - 2 * 4 * n // 16 <= traffic(step) <= most
+    assert kernels(step) == {"fusion": 2, "all-gather": 1}
+
+
+def test_zero1_gathers_once_a_leaf_and_nothing_else_is_sent():
+    assert collectives(zero1(SEVERAL)) == {"all-gather": len(SEVERAL)}
+
+
+def test_zero1_keeps_the_moments_split_and_the_params_whole():
+    params, state = zero1(SEVERAL).output_shardings
+    assert specs(params) == {EVERYWHERE}
+    assert specs(moments(state)) == {SPLIT}
+
+
+def test_zero1_needs_one_leaf_of_temporaries():
+    step, n = zero1(LARGE), size(LARGE)
+    memory = step.memory_analysis()
+    assert memory.argument_size_in_bytes < 4 * n + 12 * n // 16 + 4096
+    assert memory.temp_size_in_bytes < 4 * n + 2**16
+    assert in_place(step) == len(jax.tree.leaves(step.output_shardings))
