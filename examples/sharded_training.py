@@ -58,11 +58,14 @@ def initial_params(seed: int) -> dict[str, Any]:
 def train(layout: str, steps: int, seed: int) -> tuple[dict[str, Any], Any, list[float]]:
     """Trains over all devices; returns params, optimizer state and losses."""
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0), optax_nadam.nadamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-3)
-    )
     weights = initial_params(seed)
     of_params, of_moments = (shardings(weights, mesh, split) for split in LAYOUTS[layout])
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax_nadam.nadamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-3),
+        # Of a share of the moments comes a share of the update; this brings it to where the params are.
+        optax.stateless(lambda updates, _: jax.lax.with_sharding_constraint(updates, of_params)),
+    )
     params = place(weights, of_params)
     opt_state = jax.jit(tx.init)(place(weights, of_moments))  # the moments lie as the params given to init do
 
@@ -71,8 +74,7 @@ def train(layout: str, steps: int, seed: int) -> tuple[dict[str, Any], Any, list
         loss, grads = jax.value_and_grad(loss_of)(params, images, labels)
         grads = jax.lax.with_sharding_constraint(grads, of_moments)
         updates, opt_state = tx.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
-        return jax.lax.with_sharding_constraint(params, of_params), opt_state, loss
+        return optax.apply_updates(params, updates), opt_state, loss
 
     losses = []
     for batch in digits_in_batches(steps, seed):

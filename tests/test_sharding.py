@@ -105,23 +105,26 @@ def test_moments_split_over_replicas_of_the_params_cost_one_gather_of_the_update
     """ZeRO-1: each device keeps an eighth of the moments and computes an eighth of the update."""
     params = {"kernel": rng.standard_normal((64, 32)).astype(np.float32), "bias": np.zeros(32, np.float32)}
     grads = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), params)
-    tx = nadamw(1e-2)
-    step = make_step(tx)
-    expected, _ = jax.jit(step)(grads, tx.init(params), params)
+    alone = nadamw(1e-2)
+    expected, _ = jax.jit(make_step(alone))(grads, alone.init(params), params)
 
     with mesh_of("automatic", (8,), ("data",)) as mesh:
         whole, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
-        state = jax.jit(tx.init)(jax.device_put(params, split))
-        arguments = jax.device_put(grads, split), state, jax.device_put(params, whole)
-        compiled = jax.jit(step, out_shardings=(whole, None)).lower(*arguments).compile()
+        tx = optax.chain(alone, optax.stateless(lambda u, _: jax.lax.with_sharding_constraint(u, whole)))
+        arguments = (
+            jax.device_put(grads, split),
+            jax.jit(tx.init)(jax.device_put(params, split)),
+            jax.device_put(params, whole),
+        )
+        compiled = jax.jit(make_step(tx)).lower(*arguments).compile()
         got, state = compiled(*arguments)
 
     assert collectives(compiled) == ["all-gather"] * len(params)
     chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(expected))
-    for moment in (state[0].m, state[0].v):
-        assert all(leaf.sharding.is_equivalent_to(split, leaf.ndim) for leaf in jax.tree.leaves(moment))
-    number = sum(leaf.size for leaf in params.values())
-    assert bytes_on_a_device((state[0].m, state[0].v)) == 8 * number / 8
+    moments = optax.tree.get(state, "m"), optax.tree.get(state, "v")
+    for tree, sharding in ((moments, split), (got, whole)):
+        assert all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf in jax.tree.leaves(tree))
+    assert bytes_on_a_device(moments) == sum(leaf.size for leaf in params.values())  # 8 bytes each over 8 devices
 
 
 def bytes_on_a_device(tree):
