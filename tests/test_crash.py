@@ -1,0 +1,158 @@
+"""A training that is killed again and again ends as the one that never was, bit for bit."""
+
+import contextlib
+import itertools
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from optax_nadam import ScaleByNadamState
+from tests import resumable
+from tests.resumable import SAVE_EVERY, STEPS, Training
+
+# Imports take seconds; a fork of a process that has made them takes none. They do not start JAX's backend.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["pytest", "jax", "optax", "orbax.checkpoint", "sklearn.datasets", "optax_nadam"])
+PATIENCE = 120  # seconds without a word: the training hangs
+KILLS = 20  # by then no training has reached its last step
+
+
+class Life(NamedTuple):
+    """What was seen of a training from its start to its death."""
+
+    newest: int  # the last complete checkpoint at the start, 0 for none
+    resumed: int
+    reached: int
+    cut_short: list[int]  # files in each checkpoint that the death left half written
+
+
+@contextlib.contextmanager
+def running(folder: Path, pause_at: int) -> Iterator[tuple[BaseProcess, Connection]]:
+    """A training in a process of its own, and what it tells; it is gone at the end, whatever happens."""
+    reports, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=resumable.run, args=(folder, theirs, pause_at), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        yield process, reports
+    finally:
+        process.kill()
+        process.join(PATIENCE)
+        reports.close()
+
+
+def hear(reports: Connection) -> tuple[str, Any]:
+    if not reports.poll(PATIENCE):
+        raise TimeoutError("The training has gone silent.")
+    return reports.recv()
+
+
+def hear_out(reports: Connection) -> Iterator[tuple[str, Any]]:
+    """What a process had told before it died."""
+    with contextlib.suppress(EOFError):
+        while True:
+            yield reports.recv()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+def newest_checkpoint(folder: Path) -> int:
+    """The last complete one, 0 for none: Orbax writes under another name and renames at the end."""
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+
+
+def half_written(folder: Path) -> dict[tuple[str, int], int]:
+    """The number of files in each checkpoint not complete, by name and time: written again, it is another one."""
+    found = {}
+    for path in folder.glob("*.orbax-checkpoint-tmp"):
+        with contextlib.suppress(FileNotFoundError):  # complete by now
+            found[path.name, path.stat().st_ctime_ns] = sum(len(files) for _, _, files in os.walk(path))
+    return found
+
+
+def killed(folder: Path, rng: np.random.Generator) -> Life:
+    """A training that is killed some steps after it resumed: anywhere, in a write or between writes."""
+    newest, left_over = newest_checkpoint(folder), half_written(folder)
+    last = newest + int(rng.integers(1, 6 * SAVE_EVERY))
+    next_save = -(-last // SAVE_EVERY) * SAVE_EVERY
+    moment, files = rng.choice(["anywhere", "in a write", "between writes"]), int(rng.integers(0, 11))
+
+    def cut_short() -> list[int]:
+        return [count for checkpoint, count in half_written(folder).items() if checkpoint not in left_over]
+
+    with running(folder, pause_at=next_save) as (process, reports):
+        word, resumed = hear(reports)
+        assert word == "resumed"
+        reached = resumed
+        while reached < last:
+            _, reached = hear(reports)
+        if moment == "in a write":
+            wait_until(lambda: max(cut_short(), default=-1) >= files or newest_checkpoint(folder) == next_save)
+        if moment == "between writes":
+            wait_until(lambda: not cut_short())
+        process.kill()
+        process.join(PATIENCE)
+        assert process.exitcode == -signal.SIGKILL
+        reached = max((step for _, step in hear_out(reports)), default=reached)
+    return Life(newest, resumed, reached, cut_short())
+
+
+def finished(folder: Path) -> dict[str, bytes]:
+    """All that a training has learned, killed no more, byte for byte."""
+    with running(folder, pause_at=STEPS) as (process, reports):
+        word, told = hear(reports)
+        while word != "finished":
+            word, told = hear(reports)
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+    return told
+
+
+def test_twenty_kills_leave_no_trace(tmp_path):
+    rng = np.random.default_rng(20261122)
+    lives = [killed(tmp_path / "killed", rng) for _ in range(KILLS)]
+    assert [life.resumed for life in lives] == [life.newest for life in lives]
+    lost = [before.reached - after.resumed for before, after in itertools.pairwise(lives)]
+    assert all(0 <= steps <= 2 * SAVE_EVERY for steps in lost)  # the last checkpoint but one is always complete
+    assert sum(lost) > 0
+    assert KILLS // 4 <= sum(bool(life.cut_short) for life in lives) < KILLS
+
+    survivor, whole = finished(tmp_path / "killed"), finished(tmp_path / "whole")
+    assert np.frombuffer(whole[".opt_state[1][0].count"], np.int32) == STEPS
+    assert np.frombuffer(whole[".opt_state[1][0].mu_product"], np.float32) > 0
+    assert [name for name in whole if survivor[name] != whole[name]] == []
+
+
+def trained(training: Training, steps: range) -> Training:
+    for step in steps:
+        training = resumable.take_step(training, *resumable.batch(step))
+    return training
+
+
+@pytest.mark.lenient("Optax's schedule mixes dtypes")
+@pytest.mark.parametrize("field", ScaleByNadamState._fields)
+def test_a_resume_that_forgets_a_field_of_the_state_goes_elsewhere(field):
+    fresh, saved = resumable.initial(), jax.device_get(trained(resumable.initial(), range(1, 61)))
+    clip, (nadam, *others) = saved.opt_state
+    without = nadam._replace(**{field: getattr(fresh.opt_state[1][0], field)})
+    forgetful = saved._replace(opt_state=(clip, (without, *others)))
+
+    expected, elsewhere = (trained(training, range(61, 101)).params for training in (saved, forgetful))
+    way, apart = (optax.tree.norm(optax.tree.sub(params, expected)) for params in (saved.params, elsewhere))
+    assert apart > 0.1 * way
