@@ -69,8 +69,8 @@ def scale_by_nadam(
 
     Each leaf is computed in float32, or in float64 if it has 64-bit parts; the update has the gradient's dtype.
     Leaves that are ``None`` or ``optax.MaskedNode`` pass through. Complex leaves have a real ``v``. With ``eps`` above
-    zero, gradients up to 1e18 in magnitude give finite updates; the square of a larger one may overflow float32 and
-    leave ``v`` infinite, so clip where such gradients can come.
+    zero, gradients up to 1e18 in magnitude give finite updates; the square of a larger one may overflow float32: that
+    element stands still for a step and is NaN from the next on, so clip where such gradients can come.
 
     Args:
       b1: decay :math:`\beta_1` of the first moment and limit of the momentum, in [0, 1).
@@ -143,8 +143,9 @@ def scale_by_nadam(
         with jax.named_scope("nadam"):
             count = optax.safe_increment(state.count)
             c, mu_product = coefficients(dialect, count, state.mu_product, h)
-            stepped = jax.tree.map(lambda g, m, v: _update_leaf(g, m, v, c, dialect.power), updates, state.m, state.v)
-        u, m, v = _unzip(updates, stepped)
+            leaves = zip(*map(jax.tree.leaves, (updates, state.m, state.v)), strict=True)
+            stepped = [_update_leaf(g, m, v, c, dialect.power) for g, m, v in leaves]
+        u, m, v = _unzip(jax.tree.structure(updates), stepped)
         return u, ScaleByNadamState(count, mu_product.astype(state.mu_product.dtype), m, v)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -185,9 +186,9 @@ def _abs_squared(x: jax.Array) -> jax.Array:
     return jnp.real(x * jnp.conj(x))
 
 
-def _unzip(like: Any, tree_of_triples: Any) -> tuple[Any, Any, Any]:
-    """A tree of triples as a triple of trees."""
-    first, second, third = (jax.tree.map(lambda _, triple, i=i: triple[i], like, tree_of_triples) for i in range(3))
+def _unzip(treedef: Any, triples: list[tuple[jax.Array, jax.Array, jax.Array]]) -> tuple[Any, Any, Any]:
+    """Triples, a leaf each, as three trees; nodes that check their children never get anything but arrays."""
+    first, second, third = (jax.tree.unflatten(treedef, [triple[i] for triple in triples]) for i in range(3))
     return first, second, third
 
 

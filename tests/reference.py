@@ -37,11 +37,18 @@ class Nadam:
 
     def step(self, g, m, v, t, mu_product):
         """Step t: the update, the new moments and the new product, from those of step t - 1."""
-        b1, b2, mu, mu_next = self.b1, self.b2, self.mu(t), self.mu(t + 1)
-        product = mu if self.rule == "loss_scaled" else mu_product * mu
-        a = mu if self.rule == "dozat2016" else b1
-        m = a * m + (1 - a) * g
-        v = b2 * v + (1 - b2) * np.abs(g) ** 2
+        product = self.mu(t) if self.rule == "loss_scaled" else mu_product * self.mu(t)
+        m, v = self.moments(g, m, v, t)
+        return self.update(g, m, v, t, product), m, v, product
+
+    def moments(self, g, m, v, t):
+        """The moments of step t, from those of step t - 1."""
+        a = self.mu(t) if self.rule == "dozat2016" else self.b1
+        return a * m + (1 - a) * g, self.b2 * v + (1 - self.b2) * np.abs(g) ** 2
+
+    def update(self, g, m, v, t, product):
+        """The update of step t, from the moments of that step and the product of the momenta up to it."""
+        b2, mu, mu_next = self.b2, self.mu(t), self.mu(t + 1)
         v_debias = _one_minus_power(b2, t)
         g_hat = g / (1 - product)
         v_hat = v / v_debias
@@ -59,15 +66,29 @@ class Nadam:
         if self.rule == "undebiased":
             g_hat, m_hat, v_hat = g, m, v
         m_bar = (1 - mu) * g_hat + mu_next * m_hat
-        return m_bar / ((v_hat + self.eps_root) ** self.power + eps), m, v, product
+        return m_bar / ((v_hat + self.eps_root) ** self.power + eps)
 
     def updates(self, grads):
         """The updates of all steps from zero moments, and the last m, v and product of the momenta."""
-        m, v, product, out = 0 * grads[0], 0 * np.abs(grads[0]), 1.0, []
+        number = grads.real.dtype.type
+        m, v, product, out = 0 * grads[0], 0 * np.abs(grads[0]), number(1), []
         for t, g in enumerate(grads, start=1):
-            u, m, v, product = self.step(g, m, v, t, product)
+            u, m, v, product = self.step(g, m, v, number(t), product)
             out.append(u)
         return np.stack(out), m, v, product
+
+    def history(self, grads):
+        """The updates, the moments and the products of all steps; of a million in seconds.
+
+        Only the moments are reckoned step by step; all else is of the step alone.
+        """
+        m, v = np.empty_like(grads), np.empty_like(grads)
+        before = 0 * grads[0], 0 * grads[0]
+        for i, g in enumerate(grads):
+            m[i], v[i] = before = self.moments(g, *before, i + 1)
+        t = np.arange(1, len(grads) + 1).reshape(-1, *[1] * (grads.ndim - 1))
+        product = self.mu(t) if self.rule == "loss_scaled" else np.cumprod(self.mu(t), axis=0)
+        return self.update(grads, m, v, t, product), m, v, product.ravel()
 
 
 def _one_minus_power(b, t):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import numpy as jnp
 
@@ -344,6 +344,7 @@ _MAGNITUDES = st.floats(0.0, np.float32(1e18).item(), width=32, allow_subnormal=
 SAFE_GRADIENTS = st.one_of(_MAGNITUDES, _MAGNITUDES.map(lambda x: -x))
 
 
+@pytest.mark.property
 @given(
     grads=st.lists(st.tuples(*3 * [SAFE_GRADIENTS]), min_size=1, max_size=12),
     b1=st.floats(0.0, 0.999),
@@ -352,7 +353,6 @@ SAFE_GRADIENTS = st.one_of(_MAGNITUDES, _MAGNITUDES.map(lambda x: -x))
     eps=st.sampled_from([1e-8, 1e-7, 1e-3]),
     rule=st.sampled_from(RULES),
 )
-@settings(max_examples=200, deadline=None, derandomize=True)
 def test_finite_gradients_give_finite_updates_and_a_state_that_round_trips(grads, b1, b2, momentum_decay, eps, rule):
     h = {"b1": b1, "b2": b2, "momentum_decay": momentum_decay, "eps": eps}
     u, state = _run(jnp.asarray(np.float32(_padded(grads))), {k: jnp.float32(x) for k, x in h.items()}, rule)

@@ -1,0 +1,21 @@
+"""The page of guarantees names tests; they are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "guarantees.md").read_text()
+NAMED = sorted(set(re.findall(r"`([\w/.]+\.py)::(\w+)`", PAGE)))
+
+
+@pytest.mark.parametrize(("file", "test"), NAMED)
+def test_a_test_that_the_page_names_is_there(file, test):
+    assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.M)
+
+
+def test_every_promise_names_a_test():
+    promises = [line for line in PAGE.splitlines() if re.match(r"\| [^-]", line) and "| test |" not in line]
+    assert len(promises) > 30
+    assert [line for line in promises if not re.search(r"`[\w/.]+\.py(::\w+)?`", line)] == []
