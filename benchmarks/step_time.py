@@ -1,73 +1,286 @@
-"""How long does a step take on the shapes of GPT-2 small?"""
+"""How long does a step take, beside the optimizers of other frameworks?
 
+    python -m benchmarks.step_time            all shapes, a quarter of an hour on a processor; writes the result
+    python -m benchmarks.step_time --quick    small shapes, a minute; writes nothing
+
+What is not installed is left out, and the result says so. On a GPU, jax and torch share the card.
+"""
+
+import argparse
 import functools
+import gc
+import importlib.metadata
 import math
-from collections.abc import Callable
+import os
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import optax
-from jax import numpy as jnp
 
 import optax_nadam
-from benchmarks._report import interleaved, median_and_spread, milliseconds, save
+from benchmarks import _rivals
+from benchmarks._report import interleaved, milliseconds, save
+from benchmarks._rivals import EPS, LEARNING_RATE, Problem, Rival, Run
 from tests.reference import RULES
 
+Shapes = Sequence[tuple[int, ...]]
+Seconds = dict[str, list[float]]
 
-def gpt2_small() -> list[tuple[int, ...]]:
+OURS, OPTAX = "optax_nadam.nadam, scheduled", "optax.nadam"
+LOOPED, FLAT = ", in a loop", ", under optax.flatten"
+SINGLE, FOREACH, FUSED = "torch NAdam, foreach=False", "torch NAdam, foreach=True", "torch AdamW, fused=True"
+LEGACY = "legacy tf.keras Nadam, tf.function"
+GPT2, RESNET, SMALL = "GPT-2 small", "ResNet-50", "1000 of 64"
+CLOSE = 1e-4  # to the formula, in the check before the timing
+FILLED = 0.02  # seconds that a measurement lasts at least
+LOOP = 20  # steps of a program in which they are a loop
+REPEATS, FEW = 25, 3
+ROOM = 8 * 2**30  # bytes of params and moments at a time, where there is no GPU
+QUESTION = "How long does a step take, beside the optimizers of other frameworks?"
+COLUMNS = ["leaves", "optimizer", "step", "time over ours", "bytes a parameter", "GB/s", "of the copy"]
+NOTE = f"""\
+Params and state are donated or updated in place, in float32; all take their steps on the same gradients. Ours is
+`{OURS}`. Time over ours is the median, with quartiles, of the ratios within a round. Before the timing every optimizer
+has come within {CLOSE:.0e} of its formula in float64, on small leaves. A measurement is as many steps, begun one after
+the other without waiting, as last {1e3 * FILLED:.0f} ms, and then a wait for all: where the device takes less time for
+a step than the host to begin one, the time is the host's. In a loop, {LOOP} steps are one program, and the time is the
+device's.
+
+As memory does not hold all at once, they take turns in groups, and its memory is freed after each; ours and
+`optax.nadam` are in every group, and a ratio to ours is within a group.
+
+Bytes a parameter are those that a step cannot do without: read param, gradient and two moments, write all but the
+gradient; on a processor XLA makes three kernels a leaf, which move 44. GB/s is the former over the time. The copies are
+of one array as large as params and moments: `x + 1` in place, compiled by XLA, and `copy_` of torch to a second array.
+Shares are of the faster; where all fits into a cache, they say nothing of the memory.
+
+"""
+
+
+def gpt2_small() -> Shapes:
     """The 148 shapes of GPT-2 small, 124 million parameters."""
     d = 768
     block = [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
     return [(50257, d), (1024, d), *(12 * block), (d,), (d,)]
 
 
-def compiled_step(tx: Any, shapes: list[tuple[int, ...]]) -> tuple[Callable[[], None], Any]:
-    """A call that takes one step on its own donated params and state, and the executable."""
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, grads: Any) -> Any:
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    params, grads = ([jnp.full(shape, x) for shape in shapes] for x in (1.0, 0.1))
-    carry = [params, tx.init(params)]
-    executable = step.lower(*carry, grads).compile()
-
-    def call() -> None:
-        carry[:] = executable(*carry, grads)
-        jax.block_until_ready(carry)
-
-    return call, executable
+def resnet50() -> Shapes:
+    """The 161 shapes of ResNet-50, 26 million parameters."""
+    shapes: list[tuple[int, ...]] = convolution(7, 3, 64)
+    channels = 64
+    for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
+        for block in range(blocks):
+            shapes += convolution(1, channels, width) + convolution(3, width, width)
+            shapes += convolution(1, width, 4 * width)
+            shapes += convolution(1, channels, 4 * width) if block == 0 else []
+            channels = 4 * width
+    return [*shapes, (channels, 1000), (1000,)]
 
 
-def main() -> None:
-    """Measures every rule beside optax.nadam and optax.adam."""
-    shapes = gpt2_small()
-    size = sum(map(math.prod, shapes))
-    optimizers = {f"optax_nadam.nadam, {rule}": optax_nadam.nadam(1e-3, rule=rule) for rule in RULES}
-    optimizers |= {"optax.nadam": optax.nadam(1e-3), "optax.adam": optax.adam(1e-3)}
-    steps = {name: compiled_step(tx, shapes) for name, tx in optimizers.items()}
-    seconds = interleaved({name: call for name, (call, _) in steps.items()}, repeats=25, warmup=3)
-    reference = median_and_spread(seconds["optax.nadam"])[0]
-    rows = []
-    for name, (_, executable) in steps.items():
-        memory = executable.memory_analysis()
-        rows.append(
-            [
-                name,
-                milliseconds(seconds[name]),
-                f"{median_and_spread(seconds[name])[0] / reference:.3f}",
-                f"{executable.cost_analysis()['bytes accessed'] / size:.1f}",
-                memory.temp_size_in_bytes,
-            ]
-        )
-    save(
-        "step_time",
-        "How long does a step take on the shapes of GPT-2 small (148 leaves, 124 M float32)?",
-        ["optimizer", "step", "over optax.nadam", "bytes accessed a parameter", "temporaries, bytes"],
-        rows,
-        "Compiled, params and state donated. Target: at most 1.02 of optax.nadam.",
-    )
+def convolution(side: int, before: int, after: int) -> list[tuple[int, ...]]:
+    """Of a kernel, and of scale and bias of the batch norm after it."""
+    return [(side, side, before, after), (after,), (after,)]
+
+
+SETS: dict[str, Shapes] = {GPT2: gpt2_small(), RESNET: resnet50(), SMALL: 1000 * [(64,)]}
+QUICK: dict[str, Shapes] = {GPT2: [(300, 200), (200,)], RESNET: [(3, 3, 8, 8), (8,)], SMALL: 20 * [(64,)]}
+
+
+def rivals(small: bool, loops: bool) -> list[Rival]:
+    """All there are, ours and optax.nadam first; the two under ``optax.flatten`` too, or in loops, where asked."""
+    ours = {rule: optax_nadam.nadam(LEARNING_RATE, eps=EPS, rule=rule) for rule in RULES}
+    pair = [
+        (OURS, ours.pop("scheduled"), _rivals.nadam()),
+        (OPTAX, optax.nadam(LEARNING_RATE, eps=EPS), _rivals.nadam("constant")),
+    ]
+    found = [_rivals.jax_rival(*one) for one in pair]
+    found += [_rivals.jax_rival(f"optax_nadam.nadam, {rule}", tx, _rivals.nadam(rule)) for rule, tx in ours.items()]
+    found += [_rivals.jax_rival("optax.adam", optax.adam(LEARNING_RATE, eps=EPS), _rivals.adam)]
+    if small:
+        found += [_rivals.jax_rival(name + FLAT, optax.flatten(tx), updates) for name, tx, updates in pair]
+    if loops:
+        found += [_rivals.jax_rival(name + LOOPED, tx, updates, LOOP) for name, tx, updates in pair]
+        found += [_rivals.jax_copy(LOOP)]
+    return [
+        *found,
+        _rivals.jax_copy(),
+        _rivals.torch_copy(),
+        _rivals.torch_rival(SINGLE, "NAdam", _rivals.nadam(), foreach=False),
+        _rivals.torch_rival(FOREACH, "NAdam", _rivals.nadam(), foreach=True),
+        _rivals.torch_rival(FUSED, "AdamW", _rivals.adam, fused=True, weight_decay=0.0),
+        _rivals.keras_rival(),
+        _rivals.legacy_keras_rival(LEGACY),
+        _rivals.legacy_keras_rival(f"{LEGACY}, jit_compile=True", jit_compile=True),
+    ]
+
+
+def check(rivals: Iterable[Rival]) -> None:
+    """Raises where an optimizer does not take the step that it is here for."""
+    for one in rivals:
+        if one.updates is not None and not (off := _rivals.error(one)) <= CLOSE:
+            raise ValueError(f"{one.name} must be within {CLOSE:.0e} of its formula, is off by {off:.1e}.")
+
+
+def grouped(rivals: Sequence[Rival], size: int, room: int) -> list[list[Rival]]:
+    """The first two with as many of the others as there is room for, till all have had their turn."""
+    anchors, others = rivals[:2], rivals[2:]
+    number = max(1, room // (12 * size) - len(anchors))
+    return [[*anchors, *others[i : i + number]] for i in range(0, len(others), number)]
+
+
+def room() -> int:
+    """Bytes that params and moments may take at a time: half of a GPU, or a fixed number."""
+    memory = jax.devices()[0].memory_stats()
+    return memory["bytes_limit"] // 2 if memory else ROOM
+
+
+def take(run: Run, calls: int) -> float:
+    """Begins steps without waiting in between, waits for them all, and gives the seconds this took."""
+    started = time.perf_counter()
+    for _ in range(calls):
+        run.step()
+    run.wait()
+    return time.perf_counter() - started
+
+
+def calls_that_fill(run: Run, seconds: float) -> int:
+    """How many calls last so long, once all is compiled."""
+    take(run, 2)
+    return max(1, math.ceil(seconds / take(run, 1)))
+
+
+def measured(rivals: Iterable[Rival], shapes: Shapes, repeats: int) -> Seconds:
+    """Seconds a step of some rivals that take turns."""
+    problem = Problem.of(shapes)
+    runs = {one.name: one.start(problem) for one in rivals}
+    calls = {name: calls_that_fill(run, FILLED) for name, run in runs.items()}
+    seconds = interleaved({name: functools.partial(take, run, calls[name]) for name, run in runs.items()}, repeats)
+    return {name: [x / (calls[name] * run.steps) for x in seconds[name]] for name, run in runs.items()}
+
+
+@dataclass
+class Outcome:
+    """What was measured on one set of leaves.
+
+    Attributes:
+      rivals: who took part.
+      size: number of parameters.
+      groups: seconds a step, by name, of each group that took turns.
+    """
+
+    rivals: list[Rival]
+    size: int
+    groups: list[Seconds]
+
+    def seconds(self, name: str) -> list[float]:
+        """All that were measured of one."""
+        return [x for group in self.groups for x in group.get(name, [])]
+
+    def over_ours(self, name: str) -> list[float]:
+        """The time of one over that of ours, in every round of its groups."""
+        groups = [group for group in self.groups if name in group]
+        return [x / ours for group in groups for x, ours in zip(group[name], group[OURS], strict=True)]
+
+    def ratio(self, name: str, base: str) -> float:
+        """The time of one over that of another, which need not be in its group."""
+        return statistics.median(self.over_ours(name)) / statistics.median(self.over_ours(base))
+
+    def rate(self, one: Rival) -> float:
+        """Bytes a second."""
+        return one.bytes * self.size / statistics.median(self.seconds(one.name))
+
+    def share(self, one: Rival) -> float:
+        """The rate over that of the fastest copy."""
+        return self.rate(one) / max(self.rate(copy) for copy in self.rivals if copy.updates is None)
+
+
+def outcome_of(rivals: list[Rival], shapes: Shapes, repeats: int) -> Outcome:
+    """Checks all, then measures group by group, and frees the memory of one before the next."""
+    check(rivals)
+    outcome = Outcome(rivals, sum(map(math.prod, shapes)), [])
+    for group in grouped(rivals, outcome.size, room()):
+        outcome.groups.append(measured(group, shapes, repeats))
+        gc.collect()
+    return outcome
+
+
+def rows(leaves: str, outcome: Outcome) -> Iterator[list[Any]]:
+    """The lines of the table for one set of leaves."""
+    for one in outcome.rivals:
+        low, middle, high = statistics.quantiles(outcome.over_ours(one.name), n=4)
+        yield [
+            leaves,
+            one.name,
+            milliseconds(outcome.seconds(one.name)),
+            f"{middle:.3g} ({low:.3g} to {high:.3g})",
+            one.bytes,
+            f"{outcome.rate(one) / 1e9:.3g}",
+            f"{outcome.share(one):.0%}",
+        ]
+
+
+def verdicts(leaves: str, outcome: Outcome) -> Iterator[str]:
+    """Which targets are met on one set of leaves; those of a GPU where there are loops."""
+    found = {one.name: one for one in outcome.rivals}
+    ours, theirs = (OURS + FLAT, OPTAX + FLAT) if OURS + FLAT in found else (OURS, OPTAX)
+    yield verdict(f"{leaves}: {ours} over {theirs}", outcome.ratio(ours, theirs), at_most=1.02)
+    others = [name for name in found if "nadam" in name.lower() and not name.startswith("optax")]
+    if others:
+        fastest = min(others, key=lambda name: outcome.ratio(name, ours))
+        what = f"{leaves}: {fastest}, the fastest of the other Nadams, over {ours}"
+        yield verdict(what, outcome.ratio(fastest, ours), at_least=1)
+    for base in (OURS, OURS + LOOPED) if OURS + LOOPED in found else ():
+        yield verdict(f"{leaves}: {base}, share of the bandwidth of the copy", outcome.share(found[base]), at_least=0.9)
+        if FOREACH in found:
+            yield verdict(f"{leaves}: {FOREACH} over {base}", outcome.ratio(FOREACH, base), at_least=3)
+            yield verdict(f"{leaves}: {base} over {FUSED}", outcome.ratio(base, FUSED), at_most=1.05)
+
+
+def verdict(what: str, value: float, *, at_most: float = math.inf, at_least: float = -math.inf) -> str:
+    """One target, met or missed."""
+    word = "Met" if at_least <= value <= at_most else "Missed"
+    bound = f"at most {at_most:g}" if at_most < math.inf else f"at least {at_least:g}"
+    return f"- {word}: {what}: {value:.3f}, target {bound}."
+
+
+def absences(rivals: Iterable[Rival]) -> list[str]:
+    """Who cannot take part, and why."""
+    return [f"- Left out: {one.name}: {reason}." for one in rivals if (reason := one.left_out())]
+
+
+def distributions(rivals: Iterable[Rival]) -> tuple[str, ...]:
+    """What the frameworks are called by who installs them."""
+    names = importlib.metadata.packages_distributions()
+    return tuple(sorted({names[package][0] for one in rivals for package in one.packages}))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures, shows each set of leaves as soon as it is done, and writes the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small shapes, few repeats, no result written")
+    quick = parser.parse_args(arguments).quick
+    os.environ.update(_rivals.ENVIRONMENT)
+    gpu = jax.default_backend() == "gpu"
+    table: list[list[Any]] = []
+    notes: dict[str, None] = {}
+    present: list[Rival] = []
+    for leaves, shapes in (QUICK if quick else SETS).items():
+        candidates = rivals(small=leaves == SMALL, loops=gpu and leaves != SMALL)
+        there = [one for one in candidates if not one.left_out()]
+        outcome = outcome_of(there, shapes, FEW if quick else REPEATS)
+        found = list(rows(leaves, outcome))
+        print(*(" | ".join(map(str, row)) for row in found), sep="\n", flush=True)
+        table += found
+        present += there
+        notes |= dict.fromkeys([*verdicts(leaves, outcome), *absences(candidates)])
+    lines = sorted(notes, key=lambda line: line.startswith("- Left out"))
+    print(*lines, sep="\n")
+    if not quick:
+        save("step_time", QUESTION, COLUMNS, table, NOTE + "\n".join(lines), packages=distributions(present))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,51 @@
-"""What do tracing a step and calling it outside jit cost?"""
+"""What do tracing, compiling and calling a step cost, and how does that grow with the number of leaves?"""
 
-import functools
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax import numpy as jnp
 
 import optax_nadam
-from benchmarks._report import interleaved, median_and_spread, milliseconds, save
+from benchmarks._report import interleaved, milliseconds, save
 
+Step = Callable[..., Any]
+Calls = dict[str, Callable[[], None]]  # by what is measured
+Times = dict[str, list[float]]  # seconds, by whose they are
+Results = dict[tuple[str, str], dict[int, Times]]  # by the links and what is measured, then by the number of leaves
+
+FIRST = optax_nadam.scale_by_nadam(), optax.scale_by_adam(nesterov=True)
+DECAY = optax.add_decayed_weights(1e-4)
+NADAMW = optax_nadam.nadamw(1e-3), optax.nadamw(1e-3)
+SCALE_BY, UPDATE, WHOLE = "scale_by_nadam", "+ scale_by_learning_rate = nadamw", "+ apply_updates = whole step"
 PAIRS: dict[str, tuple[Any, Any]] = {
-    "nadamw, whole step": (optax_nadam.nadamw(1e-3), optax.nadamw(1e-3)),
-    "scale_by_nadam": (optax_nadam.scale_by_nadam(), optax.scale_by_adam(nesterov=True)),
+    SCALE_BY: FIRST,
+    "+ add_decayed_weights": (optax.chain(FIRST[0], DECAY), optax.chain(FIRST[1], DECAY)),
+    UPDATE: NADAMW,
+    WHOLE: NADAMW,
 }
+WHOSE = ("ours", "optax")
+STAGES = ("trace", "lower", "compile", "run")
+REPEATS = {10: (21, 11), 148: (21, 7), 1000: (11, 3), 3000: (3, 1)}  # of tracing and of eager calls; of compiling
+SWEEP = {"learning_rate": (1e-3, 2e-3, 4e-3), "b1": (0.8, 0.9, 0.95), "weight_decay": (0.0, 1e-4, 1e-2)}
+COMPILED = "/jax/core/compile/backend_compile_duration"
+NOTE = """\
+Leaves of 64 floats. The links after the first are Optax's own in both chains; where Optax stands, the first is
+`scale_by_adam(nesterov=True)`. A call outside jit is of all the links named. The first call is all stages, from a
+function to its first result. Growth is the power of the number of leaves, fitted from 148 on. The sweep is over three
+settings of injected hyperparameters.
+
+Targets: equations a leaf of the whole step at most 5, compilations of a sweep 1, and at most 0.2 of Optax's time for
+what follows. Tracing the whole step, 1000 leaves: {trace} Outside jit, `update` of `nadamw`, 148 leaves: {eager}"""
+SHARES = """\
+{ratio:.2f}. Of our {ours:.1f} ms, `scale_by_nadam` takes {first:.1f}, which is {share:.2f} of Optax's {theirs:.1f} ms;
+the links after it, Optax's own, take {links:.1f}."""
 
 
-def whole_step(tx: Any, apply: bool) -> Callable[..., Any]:
+def whole_step(tx: Any, apply: bool) -> Step:
     """Update, and apply the update where that is asked for."""
 
     def step(params: Any, state: Any, grads: Any) -> Any:
@@ -27,45 +55,178 @@ def whole_step(tx: Any, apply: bool) -> Callable[..., Any]:
     return step
 
 
-def _trace(step: Callable[..., Any], state: Any, params: Any) -> None:
+def leaves(number: int) -> dict[str, jax.Array]:
+    """So many leaves of 64 floats."""
+    return {f"w{i}": jnp.ones(64) for i in range(number)}
+
+
+def steps(what: str) -> list[tuple[Any, Step]]:
+    """Both chains, ours and Optax's, and their steps."""
+    return [(tx, whole_step(tx, apply=what == WHOLE)) for tx in PAIRS[what]]
+
+
+def stages(step: Step, arguments: tuple[Any, ...]) -> Calls:
+    """The stages of a first call, each of which goes on from what the one before it made."""
+    made: dict[str, Any] = {}
+
+    def trace() -> None:
+        jax.clear_caches()
+        made["traced"] = jax.jit(step).trace(*arguments)
+
+    def lower() -> None:
+        made["lowered"] = made["traced"].lower()
+
+    def compile_() -> None:
+        made["compiled"] = made["lowered"].compile()
+
+    def run() -> None:
+        jax.block_until_ready(made["compiled"](*arguments))
+
+    return dict(zip(STAGES, (trace, lower, compile_, run), strict=True))
+
+
+def tracing(step: Step, arguments: tuple[Any, ...]) -> Calls:
+    """The first stage alone."""
+    return {"trace": stages(step, arguments)["trace"]}
+
+
+def eager(step: Step, arguments: tuple[Any, ...]) -> Calls:
+    """A call outside jit."""
+    return {"call outside jit": lambda: jax.block_until_ready(step(*arguments))}
+
+
+def timed(what: str, number: int, make_calls: Callable[..., Calls], repeats: int) -> dict[str, Times]:
+    """Seconds of the calls made of a step and its arguments, ours and Optax's in turns."""
+    params = leaves(number)
+    pair = [make_calls(step, (params, tx.init(params), params)) for tx, step in steps(what)]
+    turns = {whose + measure: call for whose, calls in zip(WHOSE, pair, strict=True) for measure, call in calls.items()}
+    seconds = interleaved(turns, repeats, warmup=min(repeats - 1, 2))
+    return {measure: {whose: seconds[whose + measure] for whose in WHOSE} for measure in pair[0]}
+
+
+def starting(number: int, repeats: int) -> dict[str, Times]:
+    """Seconds of the later stages of the whole step's first call, and of all stages together."""
+    parts = timed(WHOLE, number, stages, repeats)
+    first = {whose: [sum(x) for x in zip(*(parts[stage][whose] for stage in STAGES), strict=True)] for whose in WHOSE}
+    return {"lower": parts["lower"], "compile": parts["compile"], "first call": first}
+
+
+def results(repeats: dict[int, tuple[int, int]]) -> Results:
+    """All times; for the links in between, only at the sizes that the targets are about."""
+    everything: Results = {}
+    for what in PAIRS:
+        ends = what in (SCALE_BY, WHOLE)
+        for number, (many, few) in repeats.items():
+            if ends or number in (148, 1000):
+                found = timed(what, number, tracing, many) | timed(what, number, eager, many)
+                for measure, times in (found | (starting(number, few) if what == WHOLE else {})).items():
+                    everything.setdefault((what, measure), {})[number] = times
+    return everything
+
+
+def medians(sizes: dict[int, Times], whose: str) -> dict[int, float]:
+    """Milliseconds, by the number of leaves."""
+    return {number: 1e3 * statistics.median(times[whose]) for number, times in sizes.items()}
+
+
+def growth(times: dict[int, float]) -> float:
+    """The power of the number of leaves that times grow with, from 148 leaves on."""
+    numbers = [number for number in times if number >= 148]
+    return float(np.polyfit(np.log(numbers), np.log([times[number] for number in numbers]), 1)[0])
+
+
+def shown(seconds: list[float]) -> str:
+    """Median and quartiles, or the one time there is."""
+    return milliseconds(seconds) if len(seconds) > 1 else f"{1e3 * seconds[0]:.4g} ms"
+
+
+def rows_of_times(everything: Results) -> Iterator[list[Any]]:
+    """A line for each size, and one that tells how the times grow."""
+    for (what, measure), sizes in everything.items():
+        ours, theirs = (medians(sizes, whose) for whose in WHOSE)
+        for number, times in sizes.items():
+            texts = [shown(times[whose]) for whose in WHOSE]
+            yield [what, measure, number, len(times["ours"]), *texts, f"{ours[number] / theirs[number]:.2f}"]
+        if len(sizes) > 2:
+            yield [what, measure, "growth", "", f"{growth(ours):.2f}", f"{growth(theirs):.2f}", ""]
+
+
+def equations_a_leaf(tx: Any, step: Step) -> int:
+    """By how many equations one leaf more lengthens the program."""
+    few, more = (len(jax.make_jaxpr(step)(p, tx.init(p), p).eqns) for p in (leaves(10), leaves(11)))
+    return more - few
+
+
+def compilations(act: Callable[[], None]) -> int:
+    """How many programs are compiled on the way."""
+    events: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        del duration_secs, kwargs
+        events.append(event)
+
     jax.clear_caches()
-    jax.jit(step).trace(params, state, params)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    act()
+    jax.monitoring.unregister_event_duration_listener(listen)
+    return events.count(COMPILED)
 
 
-def _call(tx: Any, state: Any, params: Any) -> None:
-    jax.block_until_ready(tx.update(params, state, params))
+def five_steps(make: Callable[..., Any], number: int) -> int:
+    """Compilations of a run."""
+    tx, params = make(1e-3), leaves(number)
+    carry, step = [params, tx.init(params)], jax.jit(whole_step(tx, apply=True))
+
+    def act() -> None:
+        for _ in range(5):
+            carry[:] = step(*carry, params)
+
+    return compilations(act)
+
+
+def sweep(make: Callable[..., Any], number: int) -> int:
+    """Compilations of a step with injected hyperparameters, for several settings of them."""
+    tx, params = optax.inject_hyperparams(make)(**{name: values[0] for name, values in SWEEP.items()}), leaves(number)
+    state, step = tx.init(params), jax.jit(whole_step(tx, apply=True))
+
+    def act() -> None:
+        for values in zip(*SWEEP.values(), strict=True):
+            state.hyperparams.update(zip(SWEEP, map(np.float32, values), strict=True))
+            step(params, state, params)
+
+    return compilations(act)
+
+
+def rows_of_counts(numbers: tuple[int, ...]) -> Iterator[list[Any]]:
+    """What does not depend on the machine: equations and compilations."""
+    for what in PAIRS:
+        yield [what, "equations a leaf", "", "", *(equations_a_leaf(*pair) for pair in steps(what)), ""]
+    for number in numbers:
+        for measure, count in {"compilations of 5 steps": five_steps, "compilations of a sweep": sweep}.items():
+            counts = (count(make, number) for make in (optax_nadam.nadamw, optax.nadamw))
+            yield [WHOLE, measure, number, "", *counts, ""]
+
+
+def shares(everything: Results, what: str, measure: str, number: int) -> str:
+    """How much of a ratio is due to the first link, and how much to those that are Optax's own."""
+    ours, theirs = (medians(everything[what, measure], whose)[number] for whose in WHOSE)
+    first = medians(everything[SCALE_BY, measure], "ours")[number]
+    return SHARES.format(
+        ratio=ours / theirs, ours=ours, first=first, share=first / theirs, theirs=theirs, links=ours - first
+    )
 
 
 def main() -> None:
-    """Measures both pairs on trees of 148 and of 1000 leaves of 64 floats."""
-    rows = []
-    for what, pair in PAIRS.items():
-        for number in (148, 1000):
-            params = {f"w{i}": jnp.ones(64) for i in range(number)}
-            equations: list[int] = []
-            traces: dict[str, Callable[[], None]] = {}
-            calls: dict[str, Callable[[], None]] = {}
-            for name, tx in zip(("ours", "optax"), pair, strict=True):
-                state, step = tx.init(params), whole_step(tx, "whole" in what)
-                larger = params | {"one more": jnp.ones(64)}
-                counts = [len(jax.make_jaxpr(step)(p, tx.init(p), p).eqns) for p in (params, larger)]
-                equations.append(counts[1] - counts[0])
-
-                traces[name] = functools.partial(_trace, step, state, params)
-                calls[name] = functools.partial(_call, tx, state, params)
-            traced = interleaved(traces, repeats=11)
-            called = interleaved(calls, repeats=21, warmup=3)
-            for kind, seconds in (("trace", traced), ("eager update", called)):
-                ours, theirs = (median_and_spread(seconds[name])[0] for name in ("ours", "optax"))
-                times = [milliseconds(seconds[name]) for name in ("ours", "optax")]
-                rows.append([what, number, f"{equations[0]} / {equations[1]}", kind, *times, f"{ours / theirs:.2f}"])
+    """Measures 10 to 3000 leaves, which takes some ten minutes, most of them the compiler's."""
+    everything = results(REPEATS)
     save(
         "tracing",
-        "What do tracing a step and calling `update` outside jit cost?",
-        ["what", "leaves", "equations a leaf, ours / optax", "measured", "ours", "optax", "ratio"],
-        rows,
-        "The whole step is update, weight decay, learning rate and apply_updates; the eager call leaves apply_updates"
-        " out. Target: a ratio of 0.2. Weight decay, learning rate and apply_updates are Optax's own links in both.",
+        "What do tracing, compiling and calling a step cost?",
+        ["links", "measured", "leaves", "repeats", "ours", "optax", "ratio"],
+        [*rows_of_counts((10, 148, 1000)), *rows_of_times(everything)],
+        NOTE.format(
+            trace=shares(everything, WHOLE, "trace", 1000), eager=shares(everything, UPDATE, "call outside jit", 148)
+        ),
     )
 
 

@@ -1,0 +1,150 @@
+"""What does clipping by the global norm add to a step, and can it do without temporaries?"""
+
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax import numpy as jnp
+from jax.typing import ArrayLike
+
+import optax_nadam
+from benchmarks._report import interleaved, median_and_spread, milliseconds, save
+from benchmarks.step_time import gpt2_small
+from benchmarks.tracing import whole_step
+
+COLUMNS = ["link in front", "optimizer"]
+NOTE = """\
+A whole step on the shapes of GPT-2 small (148 float32 leaves, 124 M), gradients given, params and state donated; the
+norm is so large that every step clips. To know the norm, every gradient must be read once more: 4 bytes a parameter.
+`optax.clip_by_global_norm` divides, multiplies and selects, leaf by leaf, which is too much for XLA:CPU to repeat in
+each of its passes, so it keeps the clipped gradients: 4 bytes of temporaries. `clip_by_factor` of this script makes one
+scalar, `minimum(1, max_norm / norm)`, and multiplies by it, which every pass repeats."""
+
+
+def clip_by_factor(max_norm: ArrayLike) -> optax.GradientTransformation:
+    """``optax.clip_by_global_norm`` as one scalar factor for all leaves."""
+
+    def clip(updates: Any, params: Any) -> Any:
+        del params
+        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
+        return jax.tree.map(lambda g: factor.astype(g.dtype) * g, updates)
+
+    return optax.stateless(clip)
+
+
+LINKS = {
+    "none": optax.identity(),
+    "optax.clip_by_global_norm": optax.clip_by_global_norm(1.0),
+    "clip_by_factor": clip_by_factor(1.0),
+}
+OPTIMIZERS = {"nadamw": optax_nadam.nadamw(1e-3), "optax.nadamw": optax.nadamw(1e-3)}
+
+
+def chains() -> Iterator[tuple[str, str, Any]]:
+    """Every link in front of every optimizer."""
+    for name, tx in OPTIMIZERS.items():
+        for link, clip in LINKS.items():
+            yield link, name, optax.chain(clip, tx)
+
+
+def compiled_step(tx: Any, grads: Any) -> tuple[Callable[[], Any], Any]:
+    """A call that takes one step on params and a state of its own and returns the params, and the executable."""
+    params = jax.tree.map(jnp.ones_like, grads)
+    carry = [params, tx.init(params)]
+    executable = jax.jit(whole_step(tx, apply=True), donate_argnums=(0, 1)).lower(*carry, grads).compile()
+
+    def call() -> Any:
+        carry[:] = executable(*carry, grads)
+        return jax.block_until_ready(carry[0])
+
+    return call, executable
+
+
+def gradients(shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
+    """Standard normal gradients."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def difference(one: Any, other: Any) -> float:
+    """Relative, in the norm of all steps from 1."""
+    a, b = (np.concatenate([np.ravel(x) - 1.0 for x in jax.tree.leaves(tree)]) for tree in (one, other))
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def measured(shapes: Sequence[tuple[int, ...]], repeats: int) -> Iterator[list[Any]]:
+    """Time, bytes and temporaries of every chain on this machine, an optimizer at a time."""
+    grads, size = gradients(shapes), sum(map(math.prod, shapes))
+    for optimizer in OPTIMIZERS:
+        steps = {link: compiled_step(tx, grads) for link, name, tx in chains() if name == optimizer}
+        seconds = interleaved({link: call for link, (call, _) in steps.items()}, repeats, warmup=3)
+        plain = median_and_spread(seconds["none"])[0]
+        expected = steps["optax.clip_by_global_norm"][0]()
+        for link, (call, executable) in steps.items():
+            apart = difference(call(), expected) if link == "clip_by_factor" else None
+            yield [
+                link,
+                optimizer,
+                milliseconds(seconds[link]),
+                f"{median_and_spread(seconds[link])[0] / plain:.2f}",
+                f"{executable.cost_analysis()['bytes accessed'] / size:.1f}",
+                f"{executable.memory_analysis().temp_size_in_bytes / size:.2f}",
+                f"{apart:.1e}" if apart is not None else "",
+            ]
+
+
+def compiled_for_tpu() -> Iterator[list[Any]]:
+    """Traffic, kernels and temporaries of every chain, compiled ahead of time."""
+    from benchmarks import tpu_ahead_of_time as tpu
+
+    for arrays, shapes in {"8192 x 8192": tpu.LARGE, "GPT-2 small": tpu.GPT2}.items():
+        size = sum(map(math.prod, shapes.values()))
+        for link, name, tx in chains():
+            compiled = tpu.compiled_step(tx, shapes, chips=1)
+            yield [
+                link,
+                name,
+                arrays,
+                f"{tpu.traffic(compiled) / size:.2f}",
+                ", ".join(f"{count / len(shapes):g} {kind}" for kind, count in tpu.kernels(compiled).items()),
+                f"{compiled.memory_analysis().temp_size_in_bytes / size:.3f}",
+            ]
+
+
+def main() -> None:
+    """Compiles for TPU where the extra ``tpu`` is installed, and measures this machine elsewhere."""
+    if importlib.util.find_spec("libtpu"):
+        save(
+            "clipping",
+            "What does clipping by the global norm add to a step on a TPU?",
+            [*COLUMNS, "arrays", "traffic a parameter", "kernels a leaf", "temporaries a parameter, bytes"],
+            list(compiled_for_tpu()),
+            "Compiled ahead of time, not run; needs the extra `tpu`. The norm is one more reading of the gradients, one"
+            " more fusion a leaf; either way of clipping is fused into the update.",
+            backend="tpu",
+            hardware="compiled for TPU v5e, with none present",
+            packages=("libtpu",),
+        )
+        return
+    save(
+        "clipping",
+        "What does clipping by the global norm add to a step?",
+        [
+            *COLUMNS,
+            "step",
+            "over none",
+            "bytes accessed a parameter",
+            "temporaries a parameter, bytes",
+            "params differ from those of optax.clip_by_global_norm by",
+        ],
+        list(measured(gpt2_small(), repeats=15)),
+        NOTE,
+    )
+
+
+if __name__ == "__main__":
+    main()

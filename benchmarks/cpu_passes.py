@@ -1,0 +1,244 @@
+"""Can XLA on a CPU be brought to make fewer passes over the arrays than one for each result?"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import jax
+import numpy as np
+import optax
+from jax import lax
+from jax import numpy as jnp
+
+import optax_nadam
+from benchmarks._report import interleaved, milliseconds, save
+from benchmarks.tracing import whole_step
+
+Step = Callable[..., Any]
+
+SIZE = 2**24
+TX = optax_nadam.nadam(1e-3)
+NOTE = """\
+One float32 leaf of 2^24 elements; a whole step of `nadam`, params and state donated; each variant in a process of its
+own, all taking turns. All give the bits of the plain step, which is checked. A pass reads p, g, m, v once and writes
+p, m, v once: 28 bytes. XLA:CPU makes a kernel for each of the three results, hence 44. Bytes are XLA's count, for a
+loop that of its body in every turn (left out where XLA's count mixes what is in the loop with what is not); what a
+small chunk needs stays in the processor's cache, so the memory need not see more than 28 of them. Processor time is
+that of all threads.
+
+A loop over chunks with the results written in place copies the whole arrays in every turn, unless XLA is told to look
+closer (`xla_cpu_copy_insertion_use_region_analysis`, which `jax.jit` takes in `compiler_options`), or the three results
+of a chunk are stacked behind an `optimization_barrier`, which needs no flag. Multi-output fusion is a flag of the
+process alone. `lax.platform_dependent` leaves the plain step on GPU and TPU, which make one pass of it. As the loop
+has one thread, it gains where two cores share the memory, and cannot be expected to where there are many. Around
+`scale_by_nadam` alone it loses: the update has to be kept for the links that follow."""
+
+
+class Variant(NamedTuple):
+    """A step, and what the compiler is told."""
+
+    step: Step
+    counted: int | None = None  # elements that XLA's count of bytes is of, a loop's body being counted once; 0: a mix
+    options: dict[str, Any] = {}  # noqa: RUF012  # of jax.jit; never written to
+    flags: str = ""  # of the process
+
+
+def cut(tree: Any, at: jax.Array, size: int) -> Any:
+    """A chunk of the arrays of a tree; its scalars whole."""
+    return jax.tree.map(lambda x: lax.dynamic_slice(x, (at,), (size,)) if x.ndim else x, tree)
+
+
+def put(tree: Any, chunk: Any, at: jax.Array) -> Any:
+    """The tree with a chunk of its arrays replaced; its scalars as they were."""
+    return jax.tree.map(lambda x, y: lax.dynamic_update_slice(x, y, (at,)) if x.ndim else x, tree, chunk)
+
+
+def stacked(tree: Any) -> Any:
+    """The same tree, no array of which is there before all are."""
+    rows = iter(lax.optimization_barrier(jnp.stack([x for x in jax.tree.leaves(tree) if x.ndim])))
+    return jax.tree.map(lambda x: next(rows) if x.ndim else x, tree)
+
+
+def with_scalars(arrays: Any, scalars: Any) -> Any:
+    """The arrays of one tree and the scalars of another; what makes the arrays of the other is not executed."""
+    return jax.tree.map(lambda x, y: x.reshape(y.shape) if y.ndim else y, arrays, scalars)
+
+
+def in_chunks(step: Step, size: int, tie: Callable[[Any], Any] = lambda tree: tree) -> Step:
+    """The step, taken chunk by chunk in place."""
+
+    def chunked(params: Any, state: Any, grads: Any) -> Any:
+        def turn(i: jax.Array, carry: Any) -> Any:
+            chunk = lax.optimization_barrier(cut((*carry, grads), i * size, size))
+            return put(carry, tie(step(*chunk)), i * size)
+
+        carry = lax.fori_loop(0, grads.size // size, turn, (params, state))
+        return with_scalars(carry, step(params, state, grads))
+
+    return chunked
+
+
+def scanned(step: Step, size: int) -> Step:
+    """The step, scanned over chunks."""
+
+    def chunked(params: Any, state: Any, grads: Any) -> Any:
+        def turn(_: None, chunk: Any) -> Any:
+            p, m, v, g = chunk
+            return None, step(p, optax.tree.set(state, m=m, v=v), g)
+
+        arrays = params, optax.tree.get(state, "m"), optax.tree.get(state, "v"), grads
+        _, chunks = lax.scan(turn, None, jax.tree.map(lambda x: x.reshape(-1, size), arrays))
+        return with_scalars(chunks, step(params, state, grads))
+
+    return chunked
+
+
+def link_in_chunks(link: optax.GradientTransformation, size: int) -> optax.GradientTransformation:
+    """A link of a chain that goes chunk by chunk, and keeps the update for the next link."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        chunked = in_chunks(lambda _, state, grads: link.update(grads, state), size, stacked)
+        return chunked(jnp.zeros_like(updates), state, updates)
+
+    return optax.GradientTransformation(link.init, update)
+
+
+def on_cpu(step: Step, elsewhere: Step) -> Step:
+    """One step on a CPU, another on all else."""
+    return lambda *arguments: lax.platform_dependent(*arguments, cpu=step, default=elsewhere)
+
+
+PLAIN = whole_step(TX, apply=True)
+LINK = optax.chain(link_in_chunks(optax_nadam.scale_by_nadam(), 2**14), optax.scale_by_learning_rate(1e-3))
+MULTI = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
+REGIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
+VARIANTS = {
+    "plain": Variant(PLAIN),
+    "multi-output fusion": Variant(PLAIN, flags=MULTI),
+    "without fusion emitters": Variant(PLAIN, options={"xla_cpu_use_fusion_emitters": False}),
+    "three results stacked, no loop": Variant(lambda *arguments: stacked(PLAIN(*arguments))),
+    **{f"loop, chunks of 2^{k}, region analysis": Variant(in_chunks(PLAIN, 2**k), 2**k, REGIONS) for k in (12, 14, 18)},
+    "loop, chunks of 2^18, region analysis, multi-output fusion": Variant(
+        in_chunks(PLAIN, 2**18), 2**18, REGIONS, MULTI
+    ),
+    **{f"loop, chunks of 2^{k}, results stacked": Variant(in_chunks(PLAIN, 2**k, stacked), 2**k) for k in (12, 14, 18)},
+    "the same, 2^14, by `lax.platform_dependent`": Variant(on_cpu(in_chunks(PLAIN, 2**14, stacked), PLAIN), 2**14),
+    "the same, 2^14, around `scale_by_nadam` alone": Variant(whole_step(LINK, apply=True), 0),
+}
+SLOW = {
+    "loop, chunks of 2^18": Variant(in_chunks(PLAIN, 2**18), 2**18),
+    "`lax.scan` over chunks of 2^18": Variant(scanned(PLAIN, 2**18), 0),
+}
+
+
+def arrays(size: int) -> tuple[Any, Any, Any]:
+    """Params, state and gradients, seeded."""
+    params, grads = jax.random.normal(jax.random.key(0), (2, size))
+    return params, TX.init(params), grads
+
+
+class Facts(NamedTuple):
+    """What an executable tells of itself, how many loops it would have elsewhere, and what its first step gave."""
+
+    bytes: float
+    temporaries: int
+    loops_elsewhere: dict[str, int]
+    results: list[np.ndarray]
+
+
+def facts(step: Any, executable: Any, arguments: tuple[Any, Any, Any]) -> Facts:
+    """Reads them, on copies of the arguments."""
+    lowered = {x: step.trace(*arguments).lower(lowering_platforms=(x,)).as_text() for x in ("cuda", "tpu")}
+    params, state, grads = arguments
+    return Facts(
+        executable.cost_analysis()["bytes accessed"],
+        executable.memory_analysis().temp_size_in_bytes,
+        {platform: text.count("stablehlo.while") for platform, text in lowered.items()},
+        jax.tree.map(np.asarray, jax.tree.leaves(executable(*jax.tree.map(jnp.copy, (params, state)), grads))),
+    )
+
+
+def serve(connection: multiprocessing.connection.Connection, name: str, size: int) -> None:
+    """Runs a variant: sends its facts, then, while it is asked to, takes steps and sends their processor time."""
+    variant = (VARIANTS | SLOW)[name]
+    step = jax.jit(variant.step, donate_argnums=(0, 1), compiler_options=variant.options or None)
+    *carry, grads = arrays(size)
+    executable: Any = step.lower(*carry, grads).compile()
+    connection.send(facts(step, executable, (*carry, grads)))
+    with contextlib.suppress(EOFError):
+        while connection.recv():
+            started = time.process_time()
+            carry = jax.block_until_ready(executable(*carry, grads))
+            connection.send(time.process_time() - started)
+
+
+class Worker:
+    """A variant in a process of its own, as XLA reads its flags once a process."""
+
+    def __init__(self, name: str, variant: Variant, size: int):
+        """Starts it and waits for its facts."""
+        context = multiprocessing.get_context("spawn")
+        self.connection, there = context.Pipe()
+        with mock.patch.dict(os.environ, XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {variant.flags}".strip()):
+            context.Process(target=serve, args=(there, name, size), daemon=True).start()
+        there.close()
+        self.facts: Facts = self.connection.recv()
+        self.processor: list[float] = []
+
+    def step(self) -> None:
+        """Takes a step and notes its processor time."""
+        self.connection.send(True)
+        self.processor.append(self.connection.recv())
+
+
+def rows(variants: dict[str, Variant], size: int, repeats: int, reference: Worker) -> Iterator[list[Any]]:
+    """One line for each variant; all of them take turns with the plain step."""
+    workers = {name: Worker(name, variant, size) for name, variant in variants.items()}
+    for name, worker in workers.items():
+        for result, expected in zip(worker.facts.results, reference.facts.results, strict=True):
+            np.testing.assert_array_equal(result, expected, name)
+    calls = {name: worker.step for name, worker in ({"reference": reference} | workers).items()}
+    seconds = interleaved(calls, repeats, warmup=1)
+    plain = statistics.median(seconds["reference"])
+    for name, worker in workers.items():
+        counted = size if variants[name].counted is None else variants[name].counted
+        yield [
+            name,
+            f"{worker.facts.bytes / counted:.1f}" if counted else "",
+            f"{worker.facts.temporaries / size:.2f}",
+            milliseconds(seconds[name]),
+            f"{statistics.median(seconds[name]) / plain:.2f}",
+            f"{1e3 * statistics.median(worker.processor[1:]):.0f} ms",
+            "yes" if any(worker.facts.loops_elsewhere.values()) else "no",
+        ]
+
+
+def main() -> None:
+    """Measures the variants, and the slow ones by few steps."""
+    reference = Worker("plain", VARIANTS["plain"], SIZE)
+    save(
+        "cpu_passes",
+        "Can XLA on a CPU be brought to make fewer passes over the arrays?",
+        [
+            "step",
+            "bytes accessed a parameter",
+            "temporaries a parameter, bytes",
+            "step time",
+            "over plain",
+            "processor time",
+            "a loop on GPU and TPU too",
+        ],
+        [*rows(VARIANTS, SIZE, 15, reference), *rows(SLOW, SIZE, 3, reference)],
+        NOTE,
+    )
+
+
+if __name__ == "__main__":
+    main()

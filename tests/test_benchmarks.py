@@ -1,0 +1,300 @@
+"""The code of the benchmarks, on small leaves and against the reference; no test looks at how long anything took."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import _report, _rivals, precision, step_time
+from benchmarks._rivals import Problem, Rival, Run
+from benchmarks.step_time import FLAT, FOREACH, FUSED, GPT2, LOOPED, OPTAX, OURS, RESNET, SMALL, Outcome
+from optax_nadam import ScaleByNadamState, scale_by_nadam
+from tests.reference import RULES
+
+RIVALS = step_time.rivals(small=True, loops=True)
+IN_JAX = {rival.name: rival for rival in RIVALS if not rival.packages}
+TINY = {name: [(2,), (3,)] for name in (GPT2, RESNET, SMALL)}
+
+pytestmark = pytest.mark.lenient("optax.nadam itself mixes dtypes")
+
+
+@dataclasses.dataclass
+class Device:
+    """One that takes a step in a known time, which passes when somebody waits; the clock shows it."""
+
+    seconds: float
+    begun: int = 0
+    clock: float = 0.0
+
+    def perf_counter(self):
+        """The time, as the module of that name tells it."""
+        return self.clock
+
+    def run(self, steps=1):
+        """An optimizer at work there."""
+        return Run(self._step, self._wait, list, steps)
+
+    def _step(self):
+        self.begun += 1
+
+    def _wait(self):
+        self.clock += self.seconds * self.begun
+        self.begun = 0
+
+
+@pytest.mark.parametrize(
+    ("shapes", "leaves", "parameters"), [(GPT2, 148, 124_439_808), (RESNET, 161, 25_557_032), (SMALL, 1000, 64_000)]
+)
+def test_shapes(shapes, leaves, parameters):
+    assert len(step_time.SETS[shapes]) == leaves
+    assert sum(map(math.prod, step_time.SETS[shapes])) == parameters
+
+
+@pytest.mark.parametrize("name", [name for name, rival in IN_JAX.items() if rival.updates])
+def test_an_optimizer_takes_the_step_of_its_formula(name):
+    assert _rivals.error(IN_JAX[name]) < step_time.CLOSE
+
+
+def test_every_rule_and_both_forms_of_ours_take_part():
+    assert {f"optax_nadam.nadam, {rule}" for rule in RULES} | {OURS + FLAT, OURS + LOOPED} <= set(IN_JAX)
+    assert [rival.name for rival in RIVALS[:2]] == [OURS, OPTAX]
+
+
+def test_a_loop_takes_all_its_steps():
+    run = IN_JAX[OURS + LOOPED].start(Problem.of([(4,)]))
+    single = IN_JAX[OURS].start(Problem.of([(4,)]))
+    run.step()
+    for _ in range(run.steps):
+        single.step()
+    assert run.steps == step_time.LOOP
+    np.testing.assert_allclose(run.params()[0], single.params()[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("looped", "times"), [(0, 2), (3, 6)])
+def test_a_copy_adds_one_to_an_array_of_the_size_of_params_and_moments(looped, times):
+    run = _rivals.jax_copy(looped).start(Problem.of([(5,), (2, 2)]))
+    run.step()
+    run.step()
+    run.wait()
+    np.testing.assert_array_equal(run.params()[0], np.full(27, 0.5 + times))
+
+
+def test_one_that_takes_another_step_is_refused():
+    adam = _rivals.jax_rival("a fast one", optax.adam(1e-3), _rivals.nadam())
+    with pytest.raises(ValueError, match=r"a fast one must be within 1e-04 of its formula, is off by 1\.7e-01"):
+        step_time.check([IN_JAX[OURS], adam])
+
+
+def test_one_that_stands_still_is_refused():
+    still = _rivals.jax_rival("still", optax.set_to_zero(), _rivals.nadam())
+    with pytest.raises(ValueError, match=r"is off by 1\.0e\+00"):
+        step_time.check([still])
+
+
+def test_optimizers_share_the_gradients_and_nothing_else():
+    problem = Problem.of([(4,), (2, 3)])
+    again = Problem.of([(4,), (2, 3)])
+    assert problem.size == 10
+    assert problem.grads_as(np.copy)[0] is problem.grads_as(np.copy)[0]
+    jax.tree.map(np.testing.assert_array_equal, problem.params + problem.grads, again.params + again.grads)
+    first, second = (IN_JAX[OURS].start(problem) for _ in range(2))
+    first.step()
+    assert np.all(first.params()[0] != second.params()[0])
+    np.testing.assert_array_equal(second.params()[0], problem.params[0])
+
+
+def test_missing_packages_are_named():
+    rival = dataclasses.replace(RIVALS[0], name="theirs", packages=("no_such_a", "jax", "no_such_b"))
+    assert rival.left_out() == "no_such_a and no_such_b not installed"
+    assert step_time.absences([RIVALS[0], rival]) == ["- Left out: theirs: no_such_a and no_such_b not installed."]
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+@pytest.mark.parametrize("ours", ["cpu", "gpu"])
+def test_no_comparison_across_kinds_of_device(monkeypatch, ours, theirs):
+    monkeypatch.setattr(jax, "default_backend", lambda: ours)
+    rival = dataclasses.replace(RIVALS[0], packages=("optax",), has_gpu=lambda: theirs)
+    same = theirs == (ours == "gpu")
+    assert rival.left_out() == (None if same else "optax and jax would not be on the same device")
+
+
+def test_groups_fit_and_share_the_first_two():
+    def names(number, room):
+        rivals = [dataclasses.replace(RIVALS[0], name=name) for name in "abcdefg"[:number]]
+        return ["".join(x.name for x in group) for group in step_time.grouped(rivals, size=10, room=room)]
+
+    assert names(7, room=5 * 120) == ["abcde", "abfg"]
+    assert names(4, room=0) == ["abc", "abd"]
+
+
+def test_room_is_half_of_a_device_that_tells_its_memory(monkeypatch):
+    assert step_time.room() == step_time.ROOM
+
+    class Card:
+        def memory_stats(self):
+            return {"bytes_limit": 100}
+
+    monkeypatch.setattr(jax, "devices", lambda: [Card()])
+    assert step_time.room() == 50
+
+
+def test_a_measurement_begins_all_its_steps_and_waits_once(monkeypatch):
+    device = Device(0.25)
+    monkeypatch.setattr(step_time, "time", device)
+    assert step_time.take(device.run(), 3) == 0.75
+    assert device.begun == 0
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(1.0, 1), (0.5, 1), (0.125, 4), (0.15, 4)])
+def test_short_steps_are_measured_several_at_a_time(monkeypatch, seconds, calls):
+    device = Device(seconds)
+    monkeypatch.setattr(step_time, "time", device)
+    assert step_time.calls_that_fill(device.run(), 0.5) == calls
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_seconds_are_those_of_one_step(monkeypatch, steps):
+    device = Device(0.001)
+    monkeypatch.setattr(step_time, "time", device)
+    monkeypatch.setattr(_report, "time", device)
+    seconds = step_time.measured([Rival("one", lambda _: device.run(steps), None)], [(2,)], repeats=3)
+    assert seconds == {"one": pytest.approx([0.001 / steps] * 3)}
+
+
+def test_ratios_are_within_a_round_of_a_group():
+    outcome = Outcome([], 10, [{OURS: [1.0, 2.0], "a": [3.0, 4.0]}, {OURS: [10.0, 10.0], "b": [20.0, 40.0]}])
+    assert outcome.over_ours("a") == [3, 2]
+    assert outcome.over_ours("b") == [2, 4]
+    assert outcome.over_ours(OURS) == [1] * 4
+    assert outcome.seconds("b") == [20, 40]
+    assert outcome.ratio("b", "a") == 3 / 2.5
+
+
+def outcome_of(times):
+    """As if each optimizer took one time in each of two rounds, on a million parameters."""
+    known = {rival.name: rival for rival in RIVALS}
+    return Outcome([known[name] for name in times], 1_000_000, [{name: [x, x] for name, x in times.items()}])
+
+
+COPY, LOOPED_COPY = (_rivals.jax_copy(looped).name for looped in (0, 1))
+
+
+def test_rows_tell_time_ratio_and_bandwidth():
+    outcome = outcome_of({OURS: 0.028, FOREACH: 0.056, COPY: 0.012, "copy: copy_, torch": 0.024})
+    assert list(step_time.rows("some", outcome)) == [
+        ["some", OURS, "28 ms (28 to 28)", "1 (1 to 1)", 28, "1", "50%"],
+        ["some", FOREACH, "56 ms (56 to 56)", "2 (2 to 2)", 28, "0.5", "25%"],
+        ["some", COPY, "12 ms (12 to 12)", "0.429 (0.429 to 0.429)", 24, "2", "100%"],
+        ["some", "copy: copy_, torch", "24 ms (24 to 24)", "0.857 (0.857 to 0.857)", 24, "1", "50%"],
+    ]
+
+
+def test_verdicts_on_a_processor():
+    outcome = outcome_of({OURS: 1.0, OPTAX: 0.9, FOREACH: 3.0, step_time.LEGACY: 2.0, FUSED: 0.5, COPY: 1.0})
+    assert list(step_time.verdicts("some", outcome)) == [
+        f"- Missed: some: {OURS} over {OPTAX}: 1.111, target at most 1.02.",
+        f"- Met: some: {step_time.LEGACY}, the fastest of the other Nadams, over {OURS}: 2.000, target at least 1.",
+    ]
+
+
+def test_verdicts_on_small_leaves_are_on_flattened_ones():
+    outcome = outcome_of({OURS: 9.0, OPTAX: 9.0, OURS + FLAT: 1.0, OPTAX + FLAT: 1.0, FOREACH: 0.9, COPY: 0.1})
+    assert list(step_time.verdicts("some", outcome)) == [
+        f"- Met: some: {OURS + FLAT} over {OPTAX + FLAT}: 1.000, target at most 1.02.",
+        f"- Missed: some: {FOREACH}, the fastest of the other Nadams, over {OURS + FLAT}: 0.900, target at least 1.",
+    ]
+
+
+def test_verdicts_on_a_gpu():
+    times = {OURS: 0.040, OPTAX: 0.040, FOREACH: 0.090, FUSED: 0.029, COPY: 0.036, LOOPED_COPY: 0.024}
+    outcome = outcome_of(times | {OURS + LOOPED: 0.030})
+    assert list(step_time.verdicts("some", outcome))[2:] == [
+        f"- Missed: some: {OURS}, share of the bandwidth of the copy: 0.700, target at least 0.9.",
+        f"- Missed: some: {FOREACH} over {OURS}: 2.250, target at least 3.",
+        f"- Missed: some: {OURS} over {FUSED}: 1.379, target at most 1.05.",
+        f"- Met: some: {OURS + LOOPED}, share of the bandwidth of the copy: 0.933, target at least 0.9.",
+        f"- Met: some: {FOREACH} over {OURS + LOOPED}: 3.000, target at least 3.",
+        f"- Met: some: {OURS + LOOPED} over {FUSED}: 1.034, target at most 1.05.",
+    ]
+    without_torch = outcome_of({name: x for name, x in times.items() if "torch" not in name} | {OURS + LOOPED: 0.030})
+    assert len(list(step_time.verdicts("some", without_torch))) == 3
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """A folder for results, and hardly any work."""
+    for name, value in _rivals.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(step_time, "SETS", TINY)
+    monkeypatch.setattr(step_time, "QUICK", TINY)
+    monkeypatch.setattr(step_time, "REPEATS", 2)
+    monkeypatch.setattr(step_time, "FEW", 2)
+    monkeypatch.setattr(step_time, "FILLED", 1e-6)
+    monkeypatch.setattr(step_time, "rivals", compiled_rivals)
+    monkeypatch.setattr(_report, "__file__", str(tmp_path / "_report.py"))
+    monkeypatch.setattr(_report, "RESULTS", tmp_path / "results")
+    return tmp_path
+
+
+def compiled_rivals(small, loops, known=step_time.rivals):
+    """Those in jax, as they are compiled already; the others not installed, even where they are."""
+    return [IN_JAX.get(x.name) or dataclasses.replace(x, packages=("no_such",)) for x in known(small, loops)]
+
+
+def test_the_result_and_the_page_have_all_who_took_part_and_all_who_did_not(short, capsys):
+    step_time.main([])
+    result = json.loads((short / "results" / "step_time-cpu.json").read_text())
+    page = (short / "README.md").read_text()
+    for rival in RIVALS:
+        rows = [row for row in result["rows"] if row[1] == rival.name]
+        if rival.packages:
+            assert rows == []
+            assert result["note"].count(f"- Left out: {rival.name}: no_such not installed.") == 1
+        elif LOOPED in rival.name:
+            assert rows == []
+        else:
+            assert [row[0] for row in rows] == ([SMALL] if FLAT in rival.name else list(TINY))
+            assert f"| {rows[0][0]} | {rival.name} | {rows[0][2]} |" in page
+    assert all(len(row) == len(result["columns"]) for row in result["rows"])
+    assert result["note"].count("target at most 1.02") == 3
+    assert result["question"] in page
+    assert " | ".join(map(str, result["rows"][0])) in capsys.readouterr().out
+
+
+def test_on_a_gpu_loops_take_part(short, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    step_time.main([])
+    names = [row[:2] for row in json.loads((short / "results" / "step_time-gpu.json").read_text())["rows"]]
+    for name in (OURS + LOOPED, OPTAX + LOOPED, LOOPED_COPY):
+        assert [leaves for leaves, found in names if found == name] == [GPT2, RESNET]
+    assert "share of the bandwidth of the copy" in capsys.readouterr().out
+
+
+def test_a_quick_run_writes_nothing(short, capsys):
+    step_time.main(["--quick"])
+    assert list(short.iterdir()) == []
+    assert f"- Left out: {FOREACH}: no_such not installed." in capsys.readouterr().out
+
+
+def test_turns_are_taken_and_the_warm_up_is_not_counted():
+    order: list[str] = []
+    calls = {name: functools.partial(order.append, name) for name in "ab"}
+    seconds = _report.interleaved(calls, repeats=3, warmup=1)
+    assert order == list("abababab")
+    assert {name: len(x) for name, x in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_median_and_quartiles_in_milliseconds():
+    assert _report.milliseconds([0.001, 0.002, 0.003]) == "2 ms (1 to 3)"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_precision_of_a_run_and_of_one_update(rule):
+    make = functools.partial(scale_by_nadam, rule=rule)
+    assert precision.of_a_run(make(b2=0.99), rule, 0.99, steps=20) < 1e-6
+    assert precision.of_one_update(lambda b2: make(b2=b2), ScaleByNadamState, rule, 0.99, 5) < 3e-7
