@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -30,14 +31,17 @@ own, all taking turns. All give the bits of the plain step, which is checked. A 
 p, m, v once: 28 bytes. XLA:CPU makes a kernel for each of the three results, hence 44. Bytes are XLA's count, for a
 loop that of its body in every turn (left out where XLA's count mixes what is in the loop with what is not); what a
 small chunk needs stays in the processor's cache, so the memory need not see more than 28 of them. Processor time is
-that of all threads.
+that of all threads; threads are how many XLA lets a kernel have on two cores, 1 if it divides none. Step times depend
+on whether both cores are free, processor times hardly.
 
 A loop over chunks with the results written in place copies the whole arrays in every turn, unless XLA is told to look
 closer (`xla_cpu_copy_insertion_use_region_analysis`, which `jax.jit` takes in `compiler_options`), or the three results
-of a chunk are stacked behind an `optimization_barrier`, which needs no flag. Multi-output fusion is a flag of the
-process alone. `lax.platform_dependent` leaves the plain step on GPU and TPU, which make one pass of it. As the loop
-has one thread, it gains where two cores share the memory, and cannot be expected to where there are many. Around
-`scale_by_nadam` alone it loses: the update has to be kept for the links that follow."""
+of a chunk are stacked behind an `optimization_barrier`, which needs no flag. Either saves work: fewer bytes cross the
+memory bus. But XLA runs a small chunk on one thread, and writes into an array on one, so that with every core free the
+plain step, which is divided over the cores, can be as fast or faster. Around `scale_by_nadam` alone the loop loses, as
+the update has to be kept for the links that follow. Multi-output fusion is a flag of the process, which `jax.jit` does
+not take, and saves one reading of four bytes. So the library leaves the step as it is: on GPU and TPU it is one pass,
+and `lax.platform_dependent` would keep it so."""
 
 
 class Variant(NamedTuple):
@@ -149,6 +153,7 @@ class Facts(NamedTuple):
 
     bytes: float
     temporaries: int
+    threads: int
     loops_elsewhere: dict[str, int]
     results: list[np.ndarray]
 
@@ -160,6 +165,7 @@ def facts(step: Any, executable: Any, arguments: tuple[Any, Any, Any]) -> Facts:
     return Facts(
         executable.cost_analysis()["bytes accessed"],
         executable.memory_analysis().temp_size_in_bytes,
+        max(map(int, re.findall(r'outer_dimension_partitions":\["(\d+)"', executable.as_text())), default=1),
         {platform: text.count("stablehlo.while") for platform, text in lowered.items()},
         jax.tree.map(np.asarray, jax.tree.leaves(executable(*jax.tree.map(jnp.copy, (params, state)), grads))),
     )
@@ -206,7 +212,9 @@ def rows(variants: dict[str, Variant], size: int, repeats: int, reference: Worke
             np.testing.assert_array_equal(result, expected, name)
     calls = {name: worker.step for name, worker in ({"reference": reference} | workers).items()}
     seconds = interleaved(calls, repeats, warmup=1)
-    plain = statistics.median(seconds["reference"])
+    wall = {name: statistics.median(times) for name, times in seconds.items()}
+    processor = {name: statistics.median(worker.processor[1:]) for name, worker in workers.items()}
+    plain = statistics.median(reference.processor[-repeats:])
     for name, worker in workers.items():
         counted = size if variants[name].counted is None else variants[name].counted
         yield [
@@ -214,8 +222,10 @@ def rows(variants: dict[str, Variant], size: int, repeats: int, reference: Worke
             f"{worker.facts.bytes / counted:.1f}" if counted else "",
             f"{worker.facts.temporaries / size:.2f}",
             milliseconds(seconds[name]),
-            f"{statistics.median(seconds[name]) / plain:.2f}",
-            f"{1e3 * statistics.median(worker.processor[1:]):.0f} ms",
+            f"{wall[name] / wall['reference']:.2f}",
+            f"{1e3 * processor[name]:.0f} ms",
+            f"{processor[name] / plain:.2f}",
+            worker.facts.threads,
             "yes" if any(worker.facts.loops_elsewhere.values()) else "no",
         ]
 
@@ -233,6 +243,8 @@ def main() -> None:
             "step time",
             "over plain",
             "processor time",
+            "over plain's",
+            "threads",
             "a loop on GPU and TPU too",
         ],
         [*rows(VARIANTS, SIZE, 15, reference), *rows(SLOW, SIZE, 3, reference)],

@@ -36,27 +36,29 @@ SINGLE, FOREACH, FUSED = "torch NAdam, foreach=False", "torch NAdam, foreach=Tru
 LEGACY = "legacy tf.keras Nadam, tf.function"
 GPT2, RESNET, SMALL = "GPT-2 small", "ResNet-50", "1000 of 64"
 CLOSE = 1e-4  # to the formula, in the check before the timing
-FILLED = 0.02  # seconds that a measurement lasts at least
+FILLED = 0.05  # seconds that a measurement lasts at least
 LOOP = 20  # steps of a program in which they are a loop
 REPEATS, FEW = 25, 3
 ROOM = 8 * 2**30  # bytes of params and moments at a time, where there is no GPU
 QUESTION = "How long does a step take, beside the optimizers of other frameworks?"
 COLUMNS = ["leaves", "optimizer", "step", "time over ours", "bytes a parameter", "GB/s", "of the copy"]
 NOTE = f"""\
-Params and state are donated or updated in place, in float32; all take their steps on the same gradients. Ours is
-`{OURS}`. Time over ours is the median, with quartiles, of the ratios within a round. Before the timing every optimizer
-has come within {CLOSE:.0e} of its formula in float64, on small leaves. A measurement is as many steps, begun one after
-the other without waiting, as last {1e3 * FILLED:.0f} ms, and then a wait for all: where the device takes less time for
-a step than the host to begin one, the time is the host's. In a loop, {LOOP} steps are one program, and the time is the
-device's.
+Params and state are donated or updated in place, in float32; all take their steps on the same gradients. Before the
+timing every optimizer has come within {CLOSE:.0e} of its formula in float64, on small leaves. A measurement is as many
+steps, begun one after the other without waiting, as last {1e3 * FILLED:.0f} ms, and then a wait for all: where the
+device takes less time for a step than the host to begin one, the time is the host's. In a loop, {LOOP} steps are one
+program, and the time is the device's.
 
-As memory does not hold all at once, they take turns in groups, and its memory is freed after each; ours and
-`optax.nadam` are in every group, and a ratio to ours is within a group.
+Ours is `{OURS}`; a time over ours is the median, with quartiles, of the ratios within a round. As
+memory does not hold all at once, they take turns in groups, and the memory is freed after each; ours and `optax.nadam`
+are in every group, and a ratio to ours is within a group.
 
 Bytes a parameter are those that a step cannot do without: read param, gradient and two moments, write all but the
 gradient; on a processor XLA makes three kernels a leaf, which move 44. GB/s is the former over the time. The copies are
 of one array as large as params and moments: `x + 1` in place, compiled by XLA, and `copy_` of torch to a second array.
 Shares are of the faster; where all fits into a cache, they say nothing of the memory.
+
+Targets, with the 95% confidence interval of the median; within the noise, where the bound is in that interval:
 
 """
 
@@ -180,22 +182,26 @@ class Outcome:
         """All that were measured of one."""
         return [x for group in self.groups for x in group.get(name, [])]
 
-    def over_ours(self, name: str) -> list[float]:
-        """The time of one over that of ours, in every round of its groups."""
-        groups = [group for group in self.groups if name in group]
-        return [x / ours for group in groups for x, ours in zip(group[name], group[OURS], strict=True)]
+    def ratios(self, name: str, base: str = OURS) -> list[float]:
+        """The time of one over that of another, in every round of their groups; by way of ours if they share none."""
+        shared = [(group[name], group[base]) for group in self.groups if name in group and base in group]
+        if shared:
+            return [x / y for times in shared for x, y in zip(*times, strict=True)]
+        return [x / statistics.median(self.ratios(base)) for x in self.ratios(name)]
 
-    def ratio(self, name: str, base: str) -> float:
-        """The time of one over that of another, which need not be in its group."""
-        return statistics.median(self.over_ours(name)) / statistics.median(self.over_ours(base))
+    def ratio(self, name: str, base: str = OURS) -> float:
+        """The median of the ratios."""
+        return statistics.median(self.ratios(name, base))
 
     def rate(self, one: Rival) -> float:
         """Bytes a second."""
         return one.bytes * self.size / statistics.median(self.seconds(one.name))
 
-    def share(self, one: Rival) -> float:
-        """The rate over that of the fastest copy."""
-        return self.rate(one) / max(self.rate(copy) for copy in self.rivals if copy.updates is None)
+    def shares(self, one: Rival) -> list[float]:
+        """Its rate over that of the fastest copy, in every round."""
+        copies = [copy for copy in self.rivals if copy.updates is None]
+        fastest = min(copies, key=lambda copy: self.ratio(copy.name) / copy.bytes)
+        return [x * one.bytes / fastest.bytes for x in self.ratios(fastest.name, one.name)]
 
 
 def outcome_of(rivals: list[Rival], shapes: Shapes, repeats: int) -> Outcome:
@@ -211,7 +217,7 @@ def outcome_of(rivals: list[Rival], shapes: Shapes, repeats: int) -> Outcome:
 def rows(leaves: str, outcome: Outcome) -> Iterator[list[Any]]:
     """The lines of the table for one set of leaves."""
     for one in outcome.rivals:
-        low, middle, high = statistics.quantiles(outcome.over_ours(one.name), n=4)
+        low, middle, high = statistics.quantiles(outcome.ratios(one.name), n=4)
         yield [
             leaves,
             one.name,
@@ -219,32 +225,43 @@ def rows(leaves: str, outcome: Outcome) -> Iterator[list[Any]]:
             f"{middle:.3g} ({low:.3g} to {high:.3g})",
             one.bytes,
             f"{outcome.rate(one) / 1e9:.3g}",
-            f"{outcome.share(one):.0%}",
+            f"{statistics.median(outcome.shares(one)):.0%}",
         ]
 
 
 def verdicts(leaves: str, outcome: Outcome) -> Iterator[str]:
     """Which targets are met on one set of leaves; those of a GPU where there are loops."""
     found = {one.name: one for one in outcome.rivals}
-    ours, theirs = (OURS + FLAT, OPTAX + FLAT) if OURS + FLAT in found else (OURS, OPTAX)
-    yield verdict(f"{leaves}: {ours} over {theirs}", outcome.ratio(ours, theirs), at_most=1.02)
     others = [name for name in found if "nadam" in name.lower() and not name.startswith("optax")]
-    if others:
-        fastest = min(others, key=lambda name: outcome.ratio(name, ours))
-        what = f"{leaves}: {fastest}, the fastest of the other Nadams, over {ours}"
-        yield verdict(what, outcome.ratio(fastest, ours), at_least=1)
+    for form in ("", FLAT) if OURS + FLAT in found else ("",):
+        ours = OURS + form
+        yield verdict(f"{leaves}: {ours} over {OPTAX + form}", outcome.ratios(ours, OPTAX + form), at_most=1.02)
+        if others:
+            fastest = min(others, key=outcome.ratio)
+            what = f"{leaves}: {fastest}, the fastest of the other Nadams, over {ours}"
+            yield verdict(what, outcome.ratios(fastest, ours), at_least=1)
     for base in (OURS, OURS + LOOPED) if OURS + LOOPED in found else ():
-        yield verdict(f"{leaves}: {base}, share of the bandwidth of the copy", outcome.share(found[base]), at_least=0.9)
+        yield verdict(
+            f"{leaves}: {base}, share of the bandwidth of the copy", outcome.shares(found[base]), at_least=0.9
+        )
         if FOREACH in found:
-            yield verdict(f"{leaves}: {FOREACH} over {base}", outcome.ratio(FOREACH, base), at_least=3)
-            yield verdict(f"{leaves}: {base} over {FUSED}", outcome.ratio(base, FUSED), at_most=1.05)
+            yield verdict(f"{leaves}: {FOREACH} over {base}", outcome.ratios(FOREACH, base), at_least=3)
+            yield verdict(f"{leaves}: {base} over {FUSED}", outcome.ratios(base, FUSED), at_most=1.05)
 
 
-def verdict(what: str, value: float, *, at_most: float = math.inf, at_least: float = -math.inf) -> str:
-    """One target, met or missed."""
-    word = "Met" if at_least <= value <= at_most else "Missed"
-    bound = f"at most {at_most:g}" if at_most < math.inf else f"at least {at_least:g}"
-    return f"- {word}: {what}: {value:.3f}, target {bound}."
+def verdict(what: str, found: list[float], *, at_most: float = math.inf, at_least: float = -math.inf) -> str:
+    """One target, met or missed by the median, and whether another run might say otherwise."""
+    value, (low, high) = statistics.median(found), interval(found)
+    bound, word = (at_most, "at most") if at_most < math.inf else (at_least, "at least")
+    judged = ("Met" if at_least <= value <= at_most else "Missed") + (" within the noise" if low < bound < high else "")
+    return f"- {judged}: {what}: {value:.3f} ({low:.3f} to {high:.3f}), target {word} {bound:g}."
+
+
+def interval(found: list[float]) -> tuple[float, float]:
+    """The 95% confidence interval of the median, of whatever distribution."""
+    ranked, n = sorted(found), len(found)
+    k = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
+    return ranked[k], ranked[n - 1 - k]
 
 
 def absences(rivals: Iterable[Rival]) -> list[str]:
@@ -259,28 +276,29 @@ def distributions(rivals: Iterable[Rival]) -> tuple[str, ...]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures, shows each set of leaves as soon as it is done, and writes the result."""
+    """Measures one set of leaves after the other, and writes what there is after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, few repeats, no result written")
     quick = parser.parse_args(arguments).quick
     os.environ.update(_rivals.ENVIRONMENT)
     gpu = jax.default_backend() == "gpu"
     table: list[list[Any]] = []
-    notes: dict[str, None] = {}
+    met: list[str] = []
+    absent: dict[str, None] = {}
     present: list[Rival] = []
     for leaves, shapes in (QUICK if quick else SETS).items():
         candidates = rivals(small=leaves == SMALL, loops=gpu and leaves != SMALL)
         there = [one for one in candidates if not one.left_out()]
         outcome = outcome_of(there, shapes, FEW if quick else REPEATS)
-        found = list(rows(leaves, outcome))
-        print(*(" | ".join(map(str, row)) for row in found), sep="\n", flush=True)
-        table += found
+        table += rows(leaves, outcome)
+        met += verdicts(leaves, outcome)
+        absent |= dict.fromkeys(absences(candidates))
         present += there
-        notes |= dict.fromkeys([*verdicts(leaves, outcome), *absences(candidates)])
-    lines = sorted(notes, key=lambda line: line.startswith("- Left out"))
-    print(*lines, sep="\n")
-    if not quick:
-        save("step_time", QUESTION, COLUMNS, table, NOTE + "\n".join(lines), packages=distributions(present))
+        note = "\n".join([*met, *absent])
+        if quick:
+            print(*table, note, sep="\n")
+        else:  # after each set, so that a run that is cut short leaves what it has
+            save("step_time", QUESTION, COLUMNS, table, NOTE + note, packages=distributions(present))
 
 
 if __name__ == "__main__":
