@@ -204,17 +204,15 @@ class Worker:
         self.processor.append(self.connection.recv())
 
 
-def rows(variants: dict[str, Variant], size: int, repeats: int, reference: Worker) -> Iterator[list[Any]]:
-    """One line for each variant; all of them take turns with the plain step."""
+def rows(variants: dict[str, Variant], size: int, repeats: int) -> Iterator[list[Any]]:
+    """One line for each variant, the first of which is the plain step."""
     workers = {name: Worker(name, variant, size) for name, variant in variants.items()}
     for name, worker in workers.items():
-        for result, expected in zip(worker.facts.results, reference.facts.results, strict=True):
+        for result, expected in zip(worker.facts.results, workers["plain"].facts.results, strict=True):
             np.testing.assert_array_equal(result, expected, name)
-    calls = {name: worker.step for name, worker in ({"reference": reference} | workers).items()}
-    seconds = interleaved(calls, repeats, warmup=1)
+    seconds = interleaved({name: worker.step for name, worker in workers.items()}, repeats, warmup=1)
     wall = {name: statistics.median(times) for name, times in seconds.items()}
     processor = {name: statistics.median(worker.processor[1:]) for name, worker in workers.items()}
-    plain = statistics.median(reference.processor[-repeats:])
     for name, worker in workers.items():
         counted = size if variants[name].counted is None else variants[name].counted
         yield [
@@ -222,9 +220,9 @@ def rows(variants: dict[str, Variant], size: int, repeats: int, reference: Worke
             f"{worker.facts.bytes / counted:.1f}" if counted else "",
             f"{worker.facts.temporaries / size:.2f}",
             milliseconds(seconds[name]),
-            f"{wall[name] / wall['reference']:.2f}",
+            f"{wall[name] / wall['plain']:.2f}",
             f"{1e3 * processor[name]:.0f} ms",
-            f"{processor[name] / plain:.2f}",
+            f"{processor[name] / processor['plain']:.2f}",
             worker.facts.threads,
             "yes" if any(worker.facts.loops_elsewhere.values()) else "no",
         ]
@@ -232,7 +230,7 @@ def rows(variants: dict[str, Variant], size: int, repeats: int, reference: Worke
 
 def main() -> None:
     """Measures the variants, and the slow ones by few steps."""
-    reference = Worker("plain", VARIANTS["plain"], SIZE)
+    _, *slow = rows({"plain": VARIANTS["plain"]} | SLOW, SIZE, 3)
     save(
         "cpu_passes",
         "Can XLA on a CPU be brought to make fewer passes over the arrays?",
@@ -247,7 +245,7 @@ def main() -> None:
             "threads",
             "a loop on GPU and TPU too",
         ],
-        [*rows(VARIANTS, SIZE, 15, reference), *rows(SLOW, SIZE, 3, reference)],
+        [*rows(VARIANTS, SIZE, 21), *slow],
         NOTE,
     )
 
