@@ -13,7 +13,9 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_nadam import _validation as validation
-from optax_nadam._moments import real_dtype, with_parts, zero_m, zero_v
+from optax_nadam._moments import Moment, averaged, real_dtype, with_parts, zero_m, zero_v
+from optax_nadam._quantized import is_quantized
+from optax_nadam._rounding import Chance
 from optax_nadam._rules import RULES, Coefficients, Hyperparameters, Rule, coefficients, scalar_dtype
 
 
@@ -143,39 +145,30 @@ def scale_by_nadam(
         with jax.named_scope("nadam"):
             count = optax.safe_increment(state.count)
             c, mu_product = coefficients(dialect, count, state.mu_product, h)
-            leaves = zip(*map(jax.tree.leaves, (updates, state.m, state.v)), strict=True)
-            stepped = [_update_leaf(g, m, v, c, dialect.power) for g, m, v in leaves]
+            leaves = zip(*(jax.tree.leaves(tree, is_quantized) for tree in (updates, state.m, state.v)), strict=True)
+            stepped = [_update_leaf(g, m, v, c, count, dialect.power) for g, m, v in leaves]
         u, m, v = _unzip(jax.tree.structure(updates), stepped)
         return u, ScaleByNadamState(count, mu_product.astype(state.mu_product.dtype), m, v)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=5)
 def _update_leaf(
-    g: jax.Array, m: jax.Array, v: jax.Array, c: Coefficients, power: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+    g: jax.Array, m: Moment, v: Moment, c: Coefficients, step: jax.Array, power: float
+) -> tuple[jax.Array, Moment, Moment]:
     """One step of one leaf; traced once for all leaves of a shape."""
     real = real_dtype(g, m, v)
     whole = with_parts(real, g)
     c = Coefficients(*(x.astype(real) for x in c))
 
     grad = g.astype(whole)
-    m_new = _lerp(m.astype(whole), grad, c.m_weight)
-    v_new = _lerp(v.astype(real), _abs_squared(grad), c.v_weight)
+    m_new, m_kept = averaged(m, grad, c.m_weight, Chance(step, 0))
+    v_new, v_kept = averaged(v, _abs_squared(grad), c.v_weight, Chance(step, 1))
     numerator = c.cg.astype(whole) * grad + c.cm.astype(whole) * m_new
     denominator = _power(c.cv * v_new + c.eps_root, power) + c.eps
     u = numerator / denominator.astype(whole)
-    return u.astype(g.dtype), m_new.astype(m.dtype), v_new.astype(v.dtype)
-
-
-def _lerp(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
-    """``(1 - weight) * old + weight * new``, reckoned from the nearer end.
-
-    Written with two rounded weights, their sum is off one by 1e-8, and in the long run a moment by 1e-8 / weight.
-    """
-    w = weight.astype(old.dtype)
-    return jnp.where(weight <= 0.5, old + w * (new - old), new + (1 - w) * (old - new))
+    return u.astype(g.dtype), m_kept, v_kept
 
 
 def _power(x: jax.Array, power: float) -> jax.Array:
@@ -186,7 +179,7 @@ def _abs_squared(x: jax.Array) -> jax.Array:
     return jnp.real(x * jnp.conj(x))
 
 
-def _unzip(treedef: Any, triples: list[tuple[jax.Array, jax.Array, jax.Array]]) -> tuple[Any, Any, Any]:
+def _unzip(treedef: Any, triples: list[tuple[jax.Array, Moment, Moment]]) -> tuple[Any, Any, Any]:
     """Triples, a leaf each, as three trees; nodes that check their children never get anything but arrays."""
     first, second, third = (jax.tree.unflatten(treedef, [triple[i] for triple in triples]) for i in range(3))
     return first, second, third

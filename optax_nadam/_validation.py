@@ -6,7 +6,7 @@ traced: before any number changes, and at no cost in the compiled step. Traced v
 
 import math
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from optax_nadam._moments import dtype_of, is_complex
+from optax_nadam._quantized import is_quantized
 from optax_nadam._rules import RULES, Hyperparameters, Rule, is_number
 
 _NOT_A_NUMBER = (
@@ -21,7 +22,17 @@ _NOT_A_NUMBER = (
     " optax.inject_hyperparams."
 )
 _NOT_A_RATE = "learning_rate must be a number, an array or a schedule, got {value!r}."
-_MOMENT_DTYPE = "{name} must be None, float32 or float64, got {value!r}. Narrower moments are not offered yet."
+_MOMENT_DTYPE = (
+    "{name} must be None, int8, bfloat16, float32 or float64, got {value!r}. In float16 the squares of"
+    " gradients under 2e-4 are zero; bfloat16 is as small and has the range of float32."
+)
+_FLOAT16 = (
+    "{leaf} has dtype float16; compensated keeps what rounding to bfloat16 drops. Cast it to bfloat16 or float32."
+)
+_REMAINDER = (
+    "{leaf} is {got}, but this state of compensated was made for a leaf that is {expected}. Pass the params that go"
+    " with the state, or call init again."
+)
 _NOT_AN_ARRAY = "{leaf} is {value!r}; a leaf must be an array, or None to leave it out."
 _NOT_INEXACT = (
     "{leaf} has dtype {dtype}; Nadam updates floating-point and complex leaves only. Leave it out with"
@@ -128,11 +139,28 @@ def check_rule(name: str, value: Any) -> None:
 def check_moment_dtype(name: str, value: Any) -> None:
     """Rejects a dtype that a moment cannot be kept in."""
     try:
-        offered = value is None or jnp.dtype(value) in (jnp.float32, jnp.float64)
+        offered = value is None or jnp.dtype(value) in (jnp.int8, jnp.bfloat16, jnp.float32, jnp.float64)
     except TypeError:
         offered = False
     if not offered:
         raise ValueError(_MOMENT_DTYPE.format(name=name, value=value))
+
+
+def check_remainder_dtype(name: str, value: Any) -> None:
+    """Rejects a dtype that a remainder cannot be kept in."""
+    try:
+        offered = jnp.dtype(value) in (jnp.int8, jnp.int16)
+    except TypeError:
+        offered = False
+    if not offered:
+        raise ValueError(f"{name} must be int8 or int16, got {value!r}.")
+
+
+def check_not_float16(name: str, tree: Any) -> None:
+    """Rejects leaves of float16."""
+    for index, leaf in enumerate(jax.tree.leaves(tree)):
+        if dtype_of(leaf) == jnp.float16:
+            raise TypeError(_FLOAT16.format(leaf=_place(name, tree, index)))
 
 
 def check_leaves(name: str, tree: Any) -> None:
@@ -162,17 +190,54 @@ def check_chain_state(name: str, state: Any, first: type, length: int) -> None:
 
 def check_like_state(name: str, tree: Any, moments: Any) -> None:
     """Rejects a tree that does not fit the moments, leaf by leaf."""
-    got: Any = jax.tree.structure(tree)
-    if got != jax.tree.structure(moments):
-        raise ValueError(_STRUCTURE.format(name=name, difference=_difference(tree, moments)))
+    _check_structure(name, tree, moments)
     check_leaves(name, tree)
-    for index, (leaf, m) in enumerate(zip(jax.tree.leaves(tree), jax.tree.leaves(moments), strict=True)):
-        if jnp.shape(leaf) != m.shape:
-            place = _place(name, tree, index)
-            raise ValueError(_SHAPE.format(leaf=place, got=jnp.shape(leaf), expected=m.shape))
+    _check_shapes(name, tree, moments)
+    for index, (leaf, m) in enumerate(_pairs(tree, moments)):
         if is_complex(leaf) != is_complex(m):
             place, kind = _place(name, tree, index), "complex" if is_complex(m) else "real"
             raise TypeError(_COMPLEX.format(leaf=place, got=dtype_of(leaf), expected=kind))
+
+
+def check_same_shapes(name: str, tree: Any, params: Any) -> None:
+    """Rejects a tree of another structure than the params, or of other shapes."""
+    _check_structure(name, tree, params)
+    _check_shapes(name, tree, params)
+
+
+def check_remainder(params: Any, remainder: Any) -> None:
+    """Rejects params that are missing or are not those whose remainder it is."""
+    if params is None:
+        raise ValueError("compensated needs params: call update(grads, state, params).")
+    structure: Any = jax.tree.structure(params)
+    try:
+        kept = structure.flatten_up_to(remainder)
+    except (ValueError, TypeError) as error:
+        raise ValueError(_STRUCTURE.format(name="params", difference=error)) from None
+    for index, (p, r) in enumerate(zip(jax.tree.leaves(params), kept, strict=True)):
+        expected = (jnp.bfloat16, r.shape) if hasattr(r, "shape") else None
+        got = (p.dtype, p.shape) if p.dtype == jnp.bfloat16 else None
+        if got != expected:
+            wanted = f"bfloat16 of shape {r.shape}" if expected else "not bfloat16"
+            place = _place("params", params, index)
+            raise ValueError(_REMAINDER.format(leaf=place, got=f"{p.dtype} of shape {p.shape}", expected=wanted))
+
+
+def _check_structure(name: str, tree: Any, like: Any) -> None:
+    got: Any = jax.tree.structure(tree)
+    if got != jax.tree.structure(like, is_quantized):
+        raise ValueError(_STRUCTURE.format(name=name, difference=_difference(tree, like)))
+
+
+def _check_shapes(name: str, tree: Any, like: Any) -> None:
+    for index, (leaf, other) in enumerate(_pairs(tree, like)):
+        if jnp.shape(leaf) != other.shape:
+            place = _place(name, tree, index)
+            raise ValueError(_SHAPE.format(leaf=place, got=jnp.shape(leaf), expected=other.shape))
+
+
+def _pairs(tree: Any, like: Any) -> Iterator[tuple[Any, Any]]:
+    return zip(jax.tree.leaves(tree), jax.tree.leaves(like, is_quantized), strict=True)
 
 
 def _place(name: str, tree: Any, index: int) -> str:
@@ -184,10 +249,11 @@ def _place(name: str, tree: Any, index: int) -> str:
 def _difference(tree: Any, moments: Any) -> str:
     """What one tree has and the other has not."""
     got, expected = (
-        [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(t)] for t in (tree, moments)
+        [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=is_quantized)]
+        for t in (tree, moments)
     )
     missing, extra = _only_in(expected, got), _only_in(got, expected)
-    containers = f"{jax.tree.structure(tree)} in place of {jax.tree.structure(moments)}"
+    containers = f"{jax.tree.structure(tree)} in place of {jax.tree.structure(moments, is_leaf=is_quantized)}"
     return _both("missing", missing, "unexpected", extra) or containers
 
 

@@ -106,7 +106,7 @@ def test_unknown_and_missing_names_are_rejected_by_name():
         ("clip_value", 0.0, ValueError, "must be finite and positive, got 0.0"),
         ("clip_norm", -1.0, ValueError, "must be finite and positive, got -1.0"),
         ("clip_global_norm", float("nan"), ValueError, "must be finite and positive, got nan"),
-        ("m_dtype", "float16", ValueError, "must be None, float32 or float64, got 'float16'"),
+        ("m_dtype", "float16", ValueError, "must be None, int8, bfloat16, float32 or float64, got 'float16'"),
         ("v_dtype", jnp.float32, TypeError, "must be a string"),
     ],
 )

@@ -36,14 +36,19 @@ def replaced(**leaves):
         ("eps_root", -1.0, "must be finite and not negative"),
         ("momentum_decay", -4e-3, "must be finite and not negative"),
         ("rule", "keras", "must be one of 'scheduled', 'constant', 'simplified', 'dozat2016'"),
-        ("m_dtype", "bfloat16", "must be None, float32 or float64"),
-        ("v_dtype", "int8", "must be None, float32 or float64"),
-        ("v_dtype", "no dtype", "must be None, float32 or float64"),
+        ("m_dtype", "float16", "must be None, int8, bfloat16, float32 or float64"),
+        ("v_dtype", "uint8", "must be None, int8, bfloat16, float32 or float64"),
+        ("v_dtype", "no dtype", "must be None, int8, bfloat16, float32 or float64"),
     ],
 )
 def test_hyperparameters_out_of_range(make, name, value, rule):
     with raises(ValueError, name, rule, f"got {value!r}"):
         make(**{name: value})
+
+
+def test_moments_cannot_be_float16_and_why():
+    with raises(ValueError, "v_dtype", "In float16 the squares of gradients under 2e-4 are zero"):
+        nadam(v_dtype="float16")
 
 
 @pytest.mark.parametrize("make", [scale_by_nadam, nadam, nadamw])

@@ -13,7 +13,10 @@ from jax.typing import ArrayLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
+from optax_nadam._convert import convert_moments, is_nadam
+from optax_nadam._moments import Moment, kept_like, real_dtype, with_parts
 from optax_nadam._nadam import ScaleByNadamState
+from optax_nadam._rounding import Chance
 from optax_nadam._rules import RULES, Rule, mu_product_after
 
 
@@ -45,10 +48,15 @@ def get_state(opt_state: Any) -> ScaleByNadamState:
     Raises:
       ValueError: there is none, or more than one.
     """
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=_is_nadam) if _is_nadam(s)]
+    found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_nadam) if is_nadam(s)]
     if len(found) != 1:
         raise ValueError(f"opt_state must hold one ScaleByNadamState, but holds {len(found)}.")
     return found[0]
+
+
+def get_numbers(opt_state: Any) -> ScaleByNadamState:
+    """The one Nadam state, its moments as numbers of at least 32 bits, whatever they are kept in."""
+    return convert_moments(get_state(opt_state))
 
 
 def put_state(opt_state: Any, *, count: ArrayLike, mu_product: ArrayLike, m: Any, v: Any) -> Any:
@@ -62,7 +70,7 @@ def put_state(opt_state: Any, *, count: ArrayLike, mu_product: ArrayLike, m: Any
       v: second moments, a tree like the params.
 
     Returns:
-      A new state, its arrays of the dtypes that the old one has.
+      A new state, its arrays of the dtypes and its moments in the format that the old one has.
 
     Raises:
       ValueError: the moments do not fit the state in structure or shape; the text names the leaf.
@@ -75,33 +83,34 @@ def put_state(opt_state: Any, *, count: ArrayLike, mu_product: ArrayLike, m: Any
         # Copies: jnp.asarray may go on using the memory of an array that its framework updates in place.
         count=jnp.array(count, old.count.dtype),
         mu_product=jnp.array(mu_product, old.mu_product.dtype),
-        m=jax.tree.map(lambda x, like: jnp.array(x, like.dtype), m, old.m),
-        v=jax.tree.map(lambda x, like: jnp.array(x, like.dtype), v, old.v),
+        m=jax.tree.map(lambda x, like: _kept_copy(x, like, Chance(jnp.asarray(count), 0)), m, old.m),
+        v=jax.tree.map(lambda x, like: _kept_copy(x, like, Chance(jnp.asarray(count), 1)), v, old.v),
     )
     return _replaced(opt_state, new)
 
 
+def _kept_copy(x: Any, like: Moment, chance: Chance) -> Moment:
+    """An array of any dtype as a moment in the format of another."""
+    return kept_like(jnp.array(x, with_parts(real_dtype(like), like)), like, chance)
+
+
 def _replaced(node: Any, new: ScaleByNadamState) -> Any:
     """The tree with the Nadam state replaced and every other counter set."""
-    if _is_nadam(node):
+    if is_nadam(node):
         return new
     if _counts(node):
         fields = {name: _replaced(getattr(node, name), new) for name in node._fields}
         return node._replace(**{**fields, "count": jnp.asarray(new.count, node.count.dtype)})
     return jax.tree.map(
-        lambda child: _replaced(child, new) if _is_nadam(child) or _counts(child) else child,
+        lambda child: _replaced(child, new) if is_nadam(child) or _counts(child) else child,
         node,
-        is_leaf=lambda child: child is not node and (_is_nadam(child) or _counts(child)),
+        is_leaf=lambda child: child is not node and (is_nadam(child) or _counts(child)),
     )
-
-
-def _is_nadam(node: Any) -> bool:
-    return isinstance(node, ScaleByNadamState)
 
 
 def _counts(node: Any) -> bool:
     """Whether a node is a state with a counter: of a schedule, or of injected hyperparameters."""
-    return "count" in getattr(node, "_fields", ()) and not _is_nadam(node)
+    return "count" in getattr(node, "_fields", ()) and not is_nadam(node)
 
 
 def as_numpy(array: Any) -> np.ndarray:

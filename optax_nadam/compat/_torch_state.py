@@ -17,7 +17,7 @@ from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._nadam import ScaleByNadamState
 from optax_nadam._schedules import Schedule
-from optax_nadam.compat._common import as_numpy, check_keys, get_state, put_state, unsupported
+from optax_nadam.compat._common import as_numpy, check_keys, get_numbers, put_state, unsupported
 
 # Written by torch and by learning rate schedulers into every group, and read by no optimizer's step.
 BOOKKEEPING = (
@@ -170,7 +170,7 @@ def load_state(
     entries = {label: source["state"].get(i) or None for label, i in zip(labels, ids, strict=True)}
     for label, entry in entries.items():
         _check_entry(label, entry, layout)
-    old = get_state(opt_state)
+    old = get_numbers(opt_state)
     if _any_complex(old.m):
         raise ValueError(_WHOLE.format(optimizer=layout.optimizer))
     if not any(entries.values()):
@@ -316,7 +316,7 @@ def dump_state(
     Returns:
       A dict with ``state`` and ``param_groups``.
     """
-    state = get_state(opt_state)
+    state = get_numbers(opt_state)
     if _any_complex(state.m):
         raise ValueError(_WHOLE.format(optimizer=layout.optimizer))
     m, v = (_by_label(from_params(_merged(tree))) for tree in (state.m, state.v))

@@ -28,7 +28,7 @@ from optax_nadam.compat import _keras_files as files
 from optax_nadam.compat._common import (
     as_numpy,
     check_keys,
-    get_state,
+    get_numbers,
     put_state,
     rebuilt_product,
     rule_of,
@@ -330,7 +330,7 @@ def load_state(
     if dialect is not None:
         _check_dialect(dialect)
     _check_between_steps(opt_state)
-    elements = sum(leaf.size for leaf in jax.tree.leaves(get_state(opt_state).m))
+    elements = sum(leaf.size for leaf in jax.tree.leaves(get_numbers(opt_state).m))
     found = files.read(source, dialect, elements)
     if config is None and (found.product is None or found.accumulates is not False):
         if found.config is None:
@@ -382,7 +382,7 @@ def dump_state(
     """
     _check_dialect(dialect)
     _check_between_steps(opt_state)
-    state = get_state(opt_state)
+    state = get_numbers(opt_state)
     m, v = ([as_numpy(x) for x in from_params(tree)] for tree in (state.m, state.v))
     product, pairs = as_numpy(state.mu_product), [x for pair in zip(m, v, strict=True) for x in pair]
     if dialect == "legacy":
@@ -441,7 +441,7 @@ def set_weights(opt_state: Any, weights: Sequence[Any]) -> Any:
       >>> [x.tolist() for x in keras.get_weights(keras.set_weights(state, weights))]
       [0, 1.0, [1.0, 1.0], [0.0, 0.0]]
     """
-    leaves, structure = jax.tree.flatten(get_state(opt_state).m)
+    leaves, structure = jax.tree.flatten(get_numbers(opt_state).m)
     if len(weights) != 2 + 2 * len(leaves):
         raise ValueError(f"weights must be {2 + 2 * len(leaves)} arrays for {len(leaves)} leaves, got {len(weights)}.")
     return load_state(opt_state, weights, lambda leaves: jax.tree.unflatten(structure, leaves), dialect="legacy")

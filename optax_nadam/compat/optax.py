@@ -17,7 +17,7 @@ import optax_nadam
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES
-from optax_nadam.compat._common import check_keys, get_state, put_state, rebuilt_product
+from optax_nadam.compat._common import check_keys, get_numbers, put_state, rebuilt_product
 
 _SHARED = ("learning_rate", "b1", "b2", "eps", "eps_root")
 _STATE = "source must hold one state of optax.adam, adamw, nadam or nadamw (a ScaleByAdamState), but holds {found}."
@@ -282,7 +282,7 @@ def dump_state(opt_state: Any, from_params: Callable[[Any], Any] = lambda params
       >>> compat.optax.dump_state(tx.init(jnp.float32(1.0))).count.item()
       0
     """
-    state = get_state(opt_state)
+    state = get_numbers(opt_state)
     return optax.ScaleByAdamState(count=state.count, mu=from_params(state.m), nu=from_params(state.v))
 
 

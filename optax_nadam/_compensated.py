@@ -1,0 +1,200 @@
+"""Weights in bfloat16 that lose nothing: what rounding drops is kept beside them."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax import lax
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+
+from optax_nadam import _validation as validation
+from optax_nadam._moments import dtype_of, zeros_like
+from optax_nadam._rounding import Chance
+
+
+class CompensatedState(NamedTuple):
+    """State of :func:`compensated`. The field names are the format on disk and do not change.
+
+    Attributes:
+      count: updates so far, int32, shape ``()``.
+      remainder: a tree like the params: for each bfloat16 leaf an int8 or int16 array of its shape, what the weights
+        lack to the ones that are trained, in units of the last bit kept; ``optax.MaskedNode`` for other leaves.
+      inner_state: of the inner optimizer, for float32 weights.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in every Optax state
+    remainder: Any
+    inner_state: Any
+
+
+def compensated(
+    inner: optax.GradientTransformation, *, remainder_dtype: DTypeLike = jnp.int8
+) -> optax.GradientTransformationExtraArgs:
+    r"""Trains bfloat16 weights as if they were wider, and keeps beside them what rounding drops.
+
+    A bfloat16 weight holds 8 significant bits: an update of less than a 512th of it is lost. Here the inner optimizer
+    sees and updates the weights :math:`\theta` with all their bits, in float32; ``params`` are these rounded to
+    bfloat16, and the state keeps the difference, counted in units of the last bit that is kept:
+
+    .. math::
+
+      \theta' = \theta + u, \qquad p' = \operatorname{bfloat16}(\theta'), \qquad
+      r' = \operatorname{bits}(\theta') - \operatorname{bits}(p')
+
+    With int16 no bit of float32 is lost: :math:`\theta` follows a float32 run with the same gradients bit for bit, and
+    the params are those weights rounded to the nearest, ties away from zero. With int8 24 bits are kept in all, and the
+    last of them is rounded by chance, right in the mean, so that smaller updates count too.
+
+    The update returned is float32 and such that ``optax.apply_updates`` makes the right bfloat16 weights of it. It must
+    be applied as it is: wrap a whole optimizer, learning rate included; clipping, masks and ``optax.MultiSteps`` may
+    stand inside or around. Leaves that are not bfloat16 are left to the inner optimizer as they are. Where one step
+    takes a weight to under :math:`2^{-16}` of what it was, it lands on the bfloat16 number that is applied.
+
+    Args:
+      inner: any Optax optimizer.
+      remainder_dtype: int8, one byte for a weight, or int16, two.
+
+    Returns:
+      A gradient transformation whose state is a :class:`CompensatedState` and whose ``update`` needs ``params``. Extra
+      arguments go to ``inner``.
+
+    Raises:
+      ValueError: another dtype, at once; params missing, or params or gradients that do not fit the state, while
+        ``update`` is traced.
+      TypeError: float16 leaves, for which there is no such remainder, while ``init`` is traced.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_nadam
+      >>> params = jnp.ones(2, jnp.bfloat16)
+      >>> tx = optax_nadam.compensated(optax.sgd(1e-3))
+      >>> state = tx.init(params)
+      >>> for _ in range(1000):
+      ...     updates, state = tx.update(jnp.full(2, 0.5, jnp.bfloat16), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> params, [round(w, 3) for w in optax_nadam.master_params(state, params).tolist()]
+      (Array([0.5, 0.5], dtype=bfloat16), [0.5, 0.5])
+
+    References:
+      Zamirai et al., `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020, on what is lost.
+    """
+    validation.check_remainder_dtype("remainder_dtype", remainder_dtype)
+    inner = optax.with_extra_args_support(inner)
+    kept = jnp.dtype(remainder_dtype)
+
+    def init(params: optax.Params) -> CompensatedState:
+        validation.check_not_float16("params", params)
+        remainder = jax.tree.map(lambda p: zeros_like(p, kept) if _is_bfloat16(p) else optax.MaskedNode(), params)
+        return CompensatedState(jnp.zeros((), jnp.int32), remainder, inner.init(_wide(params)))
+
+    def update(
+        updates: optax.Updates, state: CompensatedState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, CompensatedState]:
+        validation.check_state("compensated", state, CompensatedState)
+        validation.check_remainder(params, state.remainder)
+        validation.check_same_shapes("gradients", updates, params)
+        with jax.named_scope("compensated"):
+            count = optax.safe_increment(state.count)
+            masters = jax.tree.map(_master, params, state.remainder)
+        steps, inner_state = inner.update(_wide(updates), state.inner_state, masters, **extra_args)
+        with jax.named_scope("compensated"):
+            target = functools.partial(_target, chance=Chance(-count, 0))  # other draws than those of the moments
+            targets = jax.tree.map(target, params, masters, steps, state.remainder)
+            applied = jax.tree.map(_to_apply, params, targets, steps)
+            remainder = jax.tree.map(_left_over, params, targets, applied, state.remainder)
+        return applied, CompensatedState(count, remainder, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def master_params(state: Any, params: optax.Params) -> optax.Params:
+    """The weights that :func:`compensated` trains, with all the bits it keeps, for evaluation and export.
+
+    Args:
+      state: an optimizer state with one :class:`CompensatedState` in it, at any depth.
+      params: the weights that belong to it.
+
+    Returns:
+      A tree like the params: float32 for bfloat16 leaves, the others as they are.
+
+    Raises:
+      ValueError: there is no such state, or more than one, or it does not fit the params.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_nadam
+      >>> params = {"w": jnp.ones(2, jnp.bfloat16), "b": jnp.zeros(2)}
+      >>> state = optax_nadam.compensated(optax.sgd(1e-3)).init(params)
+      >>> optax_nadam.master_params(state, params)["w"].dtype
+      dtype('float32')
+    """
+    found = [node for node in jax.tree.leaves(state, is_leaf=_is_compensated) if _is_compensated(node)]
+    if len(found) != 1:
+        raise ValueError(f"state must hold one CompensatedState, but holds {len(found)}.")
+    validation.check_remainder(params, found[0].remainder)
+    return jax.tree.map(_master, params, found[0].remainder)
+
+
+def _is_compensated(node: Any) -> bool:
+    return isinstance(node, CompensatedState)
+
+
+def _is_bfloat16(leaf: Any) -> bool:
+    return dtype_of(leaf) == jnp.bfloat16
+
+
+def _wide(tree: Any) -> Any:
+    """The tree with float32 in place of bfloat16."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if _is_bfloat16(x) else x, tree)
+
+
+def _master(p: jax.Array, remainder: Any) -> jax.Array:
+    """The weight with what bfloat16 dropped; another weight as it is."""
+    if not _is_bfloat16(p):
+        return p
+    return _number(_bits(p.astype(jnp.float32)) + (remainder.astype(jnp.int32) << _dropped_bits(remainder)))
+
+
+def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, chance: Chance) -> jax.Array:
+    """The weight to be kept: after the step, rounded by chance to the bits there is room for."""
+    if not _is_bfloat16(p):
+        return p
+    fraction = (1 << _dropped_bits(remainder)) - 1
+    bits = _bits(master + step.astype(master.dtype)) + (chance.bits(master.shape).astype(jnp.int32) & fraction)
+    return _number(bits & ~fraction)
+
+
+def _to_apply(p: jax.Array, target: jax.Array, step: jax.Array) -> jax.Array:
+    """What takes the bfloat16 weight to the nearest of the target; for another weight the step as it is."""
+    return _nearest(target) - p.astype(jnp.float32) if _is_bfloat16(p) else step
+
+
+def _left_over(p: jax.Array, target: jax.Array, applied: jax.Array, remainder: Any) -> Any:
+    """What the weight will lack once the update is applied; nothing where that does not reach its goal."""
+    if not _is_bfloat16(p):
+        return remainder
+    # A cast to bfloat16 and back would be deleted under jit.
+    reached = lax.reduce_precision(p.astype(jnp.float32) + applied, exponent_bits=8, mantissa_bits=7)
+    nearest = _nearest(target)
+    lacking = (_bits(target) - _bits(nearest)) >> _dropped_bits(remainder)
+    return jnp.where(reached == nearest, lacking, 0).astype(remainder.dtype)
+
+
+def _nearest(x: jax.Array) -> jax.Array:
+    """The nearest bfloat16, ties away from zero, so that what is left over fits 16 bits; infinities stay."""
+    return _number((_bits(x) + 0x8000) & ~0xFFFF)
+
+
+def _dropped_bits(remainder: jax.Array) -> int:
+    """How many of the 16 bits that bfloat16 lacks a remainder lacks too."""
+    return 16 - 8 * remainder.dtype.itemsize
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _number(bits: jax.Array) -> jax.Array:
+    return lax.bitcast_convert_type(bits, jnp.float32)
