@@ -9,7 +9,7 @@ import jax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
-from optax_nadam._quantized import SMALLEST, Quantized, encoded, largest_in_row
+from optax_nadam._quantized import SMALLEST, Quantized, encoded, zero_scale
 from optax_nadam._rounding import Chance, rounded
 
 
@@ -61,7 +61,7 @@ def _codes(param: Any, dtype: DTypeLike) -> Moment:
     if jnp.size(param) < SMALLEST:
         return zeros_like(param, real_dtype(param))
     codes = zeros_like(param, dtype)
-    return Quantized(codes, largest_in_row(codes).astype(jnp.bfloat16))
+    return Quantized(codes, zero_scale(codes))
 
 
 def zeros_like(param: Any, dtype: DTypeLike) -> jax.Array:
@@ -88,11 +88,7 @@ def averaged(kept: Moment, new: jax.Array, weight: jax.Array, chance: Chance) ->
       chance: rounds what is narrow.
     """
     value = _lerp(decoded(kept, new.dtype), new, weight)
-    if isinstance(kept, Quantized):
-        scale = _lerp(kept.scale.astype(new.dtype), largest_in_row(new), weight)
-        stored: Moment = encoded(value, scale, kept, chance)
-    else:
-        stored = rounded(value, kept.dtype, chance)
+    stored = kept_like(value, kept, chance)
     return (decoded(stored, new.dtype) if _is_narrow(kept) else value), stored
 
 
@@ -112,9 +108,7 @@ def decoded(kept: Moment, dtype: DTypeLike) -> jax.Array:
 
 def kept_like(value: jax.Array, like: Moment, chance: Chance) -> Moment:
     """Numbers in the format of another moment, by chance up or down where that is narrow."""
-    if isinstance(like, Quantized):
-        return encoded(value, largest_in_row(value), like, chance)
-    return rounded(value, like.dtype, chance)
+    return encoded(value, like, chance) if isinstance(like, Quantized) else rounded(value, like.dtype, chance)
 
 
 def _is_narrow(kept: Moment) -> bool:

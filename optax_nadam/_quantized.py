@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
-from optax_nadam._rounding import Chance, rounded
+from optax_nadam._rounding import Chance
 
 
 class Law(NamedTuple):
@@ -36,8 +37,7 @@ class Quantized(NamedTuple):
 
     Attributes:
       codes: int8 or uint8, of the shape of the leaf.
-      scale: bfloat16, the shape of the leaf without the axes of a row; the running mean, with the weights of the
-        moment, of the largest magnitude in the row of what is averaged. No element of the moment is larger.
+      scale: bfloat16, the shape of the leaf without the axes of a row: the largest magnitude in the row, rounded up.
     """
 
     codes: jax.Array
@@ -69,15 +69,15 @@ def is_quantized(node: Any) -> bool:
     return isinstance(node, Quantized)
 
 
-def encoded(value: jax.Array, scale: jax.Array, like: Quantized, chance: Chance) -> Quantized:
+def encoded(value: jax.Array, like: Quantized, chance: Chance) -> Quantized:
     """Codes of one or the other neighbour, by chance, right in the mean.
 
     A second moment is never rounded to zero: under the root, that would let the next step be as long as eps allows.
     """
     law = _LAWS[like.codes.dtype]
-    scale = rounded(scale, like.scale.dtype, chance)
+    scale = _next_bfloat16(jnp.abs(value).max(_row_axes(value.shape)))
     whole = _on_rows(scale.astype(value.dtype), value.shape)
-    share = jnp.where(whole > 0, jnp.minimum(jnp.abs(value) / whole, 1), 0)
+    share = jnp.where(whole > 0, jnp.abs(value) / whole, 0)
     below = jnp.floor(law.top * law.root(share))
     low, high = below**law.power, (below + 1) ** law.power
     threshold = (chance.bits(value.shape).astype(value.dtype) + 0.5) / 2**16
@@ -86,9 +86,15 @@ def encoded(value: jax.Array, scale: jax.Array, like: Quantized, chance: Chance)
     return Quantized(signed.astype(like.codes.dtype), scale)
 
 
-def largest_in_row(x: jax.Array) -> jax.Array:
-    """The largest magnitude in each row."""
-    return jnp.abs(x).max(_row_axes(x.shape))
+def zero_scale(codes: jax.Array) -> jax.Array:
+    """The scales of zeros, laid out like the codes."""
+    return codes.max(_row_axes(codes.shape)).astype(jnp.bfloat16)
+
+
+def _next_bfloat16(x: jax.Array) -> jax.Array:
+    """The smallest bfloat16 that is not less, of numbers that are not negative."""
+    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + jnp.uint32(0xFFFF)
+    return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
 def _on_rows(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
