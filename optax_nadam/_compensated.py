@@ -102,8 +102,8 @@ def compensated(
         with jax.named_scope("compensated"):
             target = functools.partial(_target, chance=Chance(-count, 0))  # other draws than those of the moments
             targets = jax.tree.map(target, params, masters, steps, state.remainder)
-            applied = jax.tree.map(_to_apply, params, targets, steps)
-            remainder = jax.tree.map(_left_over, params, targets, applied, state.remainder)
+            remainder = jax.tree.map(_left_over, params, targets, state.remainder)
+            applied = jax.tree.map(_to_apply, params, targets, remainder, steps)
         return applied, CompensatedState(count, remainder, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -154,7 +154,7 @@ def _master(p: jax.Array, remainder: Any) -> jax.Array:
     """The weight with what bfloat16 dropped; another weight as it is."""
     if not _is_bfloat16(p):
         return p
-    return _number(_bits(p.astype(jnp.float32)) + (remainder.astype(jnp.int32) << _dropped_bits(remainder)))
+    return _number(_bits(p.astype(jnp.float32)) + _shifted(remainder))
 
 
 def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, chance: Chance) -> jax.Array:
@@ -166,25 +166,35 @@ def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, ch
     return _number(bits & ~fraction)
 
 
-def _to_apply(p: jax.Array, target: jax.Array, step: jax.Array) -> jax.Array:
-    """What takes the bfloat16 weight to the nearest of the target; for another weight the step as it is."""
-    return _nearest(target) - p.astype(jnp.float32) if _is_bfloat16(p) else step
-
-
-def _left_over(p: jax.Array, target: jax.Array, applied: jax.Array, remainder: Any) -> Any:
-    """What the weight will lack once the update is applied; nothing where that does not reach its goal."""
+def _left_over(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
+    """What the weight will lack once it is updated; nothing where adding in float32 does not reach the target."""
     if not _is_bfloat16(p):
         return remainder
+    nearest, now = _nearest(target), p.astype(jnp.float32)
     # A cast to bfloat16 and back would be deleted under jit.
-    reached = lax.reduce_precision(p.astype(jnp.float32) + applied, exponent_bits=8, mantissa_bits=7)
-    nearest = _nearest(target)
+    reached = lax.reduce_precision(now + (nearest - now), exponent_bits=8, mantissa_bits=7)
     lacking = (_bits(target) - _bits(nearest)) >> _dropped_bits(remainder)
     return jnp.where(reached == nearest, lacking, 0).astype(remainder.dtype)
+
+
+def _to_apply(p: jax.Array, target: jax.Array, remainder: Any, step: jax.Array) -> jax.Array:
+    """What takes the bfloat16 weight to the target without its remainder; for another weight the step as it is.
+
+    Reckoned from the remainder as it is kept: else XLA would make several passes for TPU where it makes one.
+    """
+    if not _is_bfloat16(p):
+        return step
+    return _number(_bits(target) - _shifted(remainder)) - p.astype(jnp.float32)
 
 
 def _nearest(x: jax.Array) -> jax.Array:
     """The nearest bfloat16, ties away from zero, so that what is left over fits 16 bits; infinities stay."""
     return _number((_bits(x) + 0x8000) & ~0xFFFF)
+
+
+def _shifted(remainder: jax.Array) -> jax.Array:
+    """A remainder in units of the last bit of float32."""
+    return remainder.astype(jnp.int32) << _dropped_bits(remainder)
 
 
 def _dropped_bits(remainder: jax.Array) -> int:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 from safetensors import flax as safetensors
 
-from optax_nadam import nadamw
+from optax_nadam import compensated, nadamw
 from tests import reference
 from tests.recordings import record_state
 
@@ -135,6 +135,55 @@ def test_orbax_restores_onto_another_sharding(tmp_path):
     assert_same_bits(restored, training)
     # Spread out, XLA compiles another program, whose last bits may differ: both must be spread out alike.
     assert_same_bits(take_step(restored), take_step(jax.device_put(training, shardings)))
+
+
+NARROW = {
+    "bfloat16": nadamw(0.1, m_dtype="bfloat16", v_dtype="bfloat16"),
+    "int8": nadamw(0.1, m_dtype="int8", v_dtype="int8"),
+    "int8 and compensated": compensated(nadamw(0.1, m_dtype="int8", v_dtype="int8")),
+}
+
+
+def in_narrow_formats(tx):
+    """A training in a format, three steps on, and its step."""
+    params = {"w": jnp.linspace(-2, 1, 2048).reshape(32, 64).astype(jnp.bfloat16), "b": jnp.ones(8)}
+
+    @jax.jit
+    def step(training):
+        params = training["params"]
+        grads = jax.tree.map(lambda p: p * p, params)
+        updates, opt_state = tx.update(grads, training["opt_state"], params)
+        return {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
+
+    return step(step(step({"params": params, "opt_state": tx.init(params)}))), step
+
+
+@pytest.mark.parametrize("tx", NARROW.values(), ids=NARROW)
+@pytest.mark.parametrize("storage", FORMATS.values(), ids=FORMATS)
+def test_narrow_formats_go_through_every_store(storage, tx, tmp_path):
+    training, step = in_narrow_formats(tx)
+    storage.save(tmp_path / STORED, training)
+    restored = storage.load(tmp_path / STORED, jax.eval_shape(lambda: training))
+    assert_same_bits(restored, training)
+    assert_same_bits(step(restored), step(training))
+
+
+@pytest.mark.parametrize("tx", NARROW.values(), ids=NARROW)
+def test_orbax_restores_narrow_formats_onto_another_sharding(tx, tmp_path):
+    training, step = in_narrow_formats(tx)
+    save_orbax(tmp_path / STORED, training)
+    mesh = Mesh(np.array(jax.devices("cpu")), ("rows",))
+    target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec("rows") if x.ndim else PartitionSpec())
+        ),
+        training,
+    )
+    restored = load_orbax(tmp_path / STORED, target)
+    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, target)
+    assert_same_bits(restored, training)
+    # Spread out, XLA compiles another program, whose last bits may differ: both must be spread out alike.
+    assert_same_bits(step(restored), step(jax.device_put(training, jax.tree.map(lambda x: x.sharding, target))))
 
 
 def cut_short(path, fraction):

@@ -2,9 +2,13 @@
 
 import dataclasses
 
+import chex
+import jax
 import numpy as np
+import pytest
+from jax import numpy as jnp
 
-from optax_nadam import NadamConfig, compat
+from optax_nadam import NadamConfig, compat, convert_moments, scale_by_nadam
 
 
 def test_a_torch_config_becomes_one_of_keras():
@@ -27,3 +31,53 @@ def test_a_keras_checkpoint_becomes_one_of_torch():
     assert (int(entry["step"]), float(entry["mu_product"])) == (7, float(np.float32(0.02)))
     np.testing.assert_array_equal(entry["exp_avg"], np.full((2, 3), 0.5))
     np.testing.assert_array_equal(entry["exp_avg_sq"], np.full((2, 3), 0.25))
+
+
+def as_list(params):
+    return [np.asarray(params["kernel"]).T]
+
+
+def as_tree(arrays):
+    return {"kernel": arrays[0].T}
+
+
+WAYS = {
+    "torch": (
+        lambda state: compat.torch.dump_state(state, as_list, NadamConfig()),
+        lambda state, source: compat.torch.load_state(state, source, as_tree),
+    ),
+    "timm": (
+        lambda state: compat.timm.dump_state(state, as_list, NadamConfig(rule="simplified")),
+        lambda state, source: compat.timm.load_state(state, source, as_tree),
+    ),
+    "keras": (
+        lambda state: compat.keras.dump_state(state, as_list),
+        lambda state, source: compat.keras.load_state(state, source, as_tree),
+    ),
+    "keras weights": (compat.keras.get_weights, compat.keras.set_weights),
+    "optax": (compat.optax.dump_state, compat.optax.load_state),
+}
+
+
+@pytest.mark.parametrize(("dump", "load"), WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", 2.0**-7), ("int8", 4.1 / 127)])
+def test_a_checkpoint_goes_into_narrow_moments_and_out_of_them(dump, load, dtype, precision, rng):
+    params = {"kernel": jnp.asarray(rng.normal(size=(32, 64)), jnp.float32)}
+    wide, narrow = scale_by_nadam(), scale_by_nadam(m_dtype=dtype, v_dtype=dtype)
+    _, state = wide.update(params, wide.init(params))
+    loaded = load(narrow.init(params), dump(state))
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, narrow.init(params))
+    numbers = convert_moments(loaded)
+    for got, expected in zip(*map(jax.tree.leaves, ((numbers.m, numbers.v), (state.m, state.v))), strict=True):
+        assert np.max(np.abs(got - expected)) <= precision * np.max(np.abs(expected))
+    back = load(wide.init(params), dump(loaded))
+    chex.assert_trees_all_equal((back.count, back.m, back.v), (numbers.count, numbers.m, numbers.v))
+
+
+def test_an_empty_torch_checkpoint_starts_narrow_moments_anew():
+    tx = scale_by_nadam(m_dtype="int8", v_dtype="int8")
+    fresh = tx.init({"kernel": jnp.ones((32, 64))})
+    _, state = tx.update({"kernel": jnp.ones((32, 64))}, fresh)
+    group = compat.torch.config_to(NadamConfig()) | {"params": [0]}
+    loaded = compat.torch.load_state(state, {"state": {}, "param_groups": [group]}, as_tree)
+    chex.assert_trees_all_equal(convert_moments(loaded), convert_moments(fresh))

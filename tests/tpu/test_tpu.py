@@ -10,6 +10,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
+import optax_nadam
 from benchmarks.tpu_ahead_of_time import (
     GPT2,
     LARGE,
@@ -21,6 +22,7 @@ from benchmarks.tpu_ahead_of_time import (
     compiled_step,
     gathered,
     in_place,
+    instructions,
     kernels,
     laid_out,
     mesh_of,
@@ -114,6 +116,45 @@ def test_bfloat16_params_and_gradients_with_float32_moments(chips):
     assert traffic(step) == 22 * size(LARGE) // chips
     assert kernels(step) == {"fusion": 1}
     assert step.memory_analysis().temp_size_in_bytes == 0
+
+
+NARROW: dict[str, Any] = {name: {"m_dtype": name, "v_dtype": name} for name in ("bfloat16", "int8")}
+MATRICES = {"w": (8192, 8192), "u": (1024, 4096)}
+EXPECTED = {"bfloat16": {jnp.float32: 20, jnp.bfloat16: 14}, "int8": {jnp.float32: 22, jnp.bfloat16: 14}}
+
+
+@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("chips", TOPOLOGIES)
+@pytest.mark.parametrize("shapes", [LARGE, MATRICES], ids=["a large leaf", "two leaves"])
+def test_narrow_moments_need_no_kernel_of_their_own(chips, shapes, dtype, name):
+    """bfloat16: one pass. Bytes: one over the gradients and codes for the scales, one for all else."""
+    step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW[name]), shapes, chips, dtype)
+    expected = EXPECTED[name][dtype]
+    assert 0.9 * expected <= traffic(step) / (size(shapes) / chips) <= expected + 0.01  # small shards stay on the chip
+    assert set(kernels(step)) <= {"fusion", "convert"}
+    assert not collectives(step)
+    assert step.memory_analysis().temp_size_in_bytes == 0
+
+
+def test_a_row_of_bytes_over_several_chips_agrees_on_its_scales_and_nothing_else():
+    """A vector is one row: the largest of m and of v go round."""
+    step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW["int8"]), {"b": (8192,)}, 16)
+    assert collectives(step) == {"all-reduce": 1}
+    assert "all-reduce" not in {x.operation for x in instructions(step)}  # scalars, which are no arrays
+    assert not collectives(compiled_step(optax_nadam.nadamw(1e-3, **NARROW["bfloat16"]), {"b": (8192,)}, 16))
+
+
+@pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
+@pytest.mark.parametrize("chips", TOPOLOGIES)
+@pytest.mark.parametrize(("remainder", "more"), [("int8", 2), ("int16", 4)])
+@pytest.mark.parametrize(("moments", "expected"), [(None, 22), ("bfloat16", 14), ("int8", 14)])
+def test_compensated_weights_cost_the_bytes_they_keep_and_no_more(remainder, more, moments, expected, chips):
+    inner = optax_nadam.nadamw(1e-3, m_dtype=moments, v_dtype=moments)
+    step = compiled_step(optax_nadam.compensated(inner, remainder_dtype=remainder), LARGE, chips, jnp.bfloat16)
+    assert 0.9 * (expected + more) <= traffic(step) / (size(LARGE) / chips) <= expected + more + 0.01
+    assert step.memory_analysis().temp_size_in_bytes == 0
+    assert not collectives(step)
 
 
 def test_the_leaves_of_gpt2_small_take_a_fusion_each():
