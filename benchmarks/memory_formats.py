@@ -1,0 +1,163 @@
+"""What do the formats of moments and weights take: memory, traffic, time?"""
+
+import argparse
+import importlib.util
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+
+import optax_nadam
+from benchmarks._report import interleaved, median_and_spread, milliseconds, save
+from benchmarks.step_time import gpt2_small
+from benchmarks.tracing import whole_step
+
+BYTES: Any = {"m_dtype": "int8", "v_dtype": "int8"}
+NARROW: Any = {"m_dtype": "bfloat16", "v_dtype": "bfloat16"}
+
+
+class Format(NamedTuple):
+    """An optimizer and the dtype of the weights it trains."""
+
+    name: str
+    weights: DTypeLike
+    tx: Any
+
+
+FORMATS = [
+    Format("float32", jnp.float32, optax_nadam.nadamw(1e-3)),
+    Format("bfloat16", jnp.float32, optax_nadam.nadamw(1e-3, **NARROW)),
+    Format("int8", jnp.float32, optax_nadam.nadamw(1e-3, **BYTES)),
+    Format("float32", jnp.bfloat16, optax_nadam.nadamw(1e-3)),
+    Format("bfloat16", jnp.bfloat16, optax_nadam.nadamw(1e-3, **NARROW)),
+    Format("int8", jnp.bfloat16, optax_nadam.nadamw(1e-3, **BYTES)),
+    Format("float32, compensated", jnp.bfloat16, optax_nadam.compensated(optax_nadam.nadamw(1e-3))),
+    Format("int8, compensated", jnp.bfloat16, optax_nadam.compensated(optax_nadam.nadamw(1e-3, **BYTES))),
+    Format(
+        "int8, compensated by int16",
+        jnp.bfloat16,
+        optax_nadam.compensated(optax_nadam.nadamw(1e-3, **BYTES), remainder_dtype="int16"),
+    ),
+    Format("optax.nadamw", jnp.float32, optax.nadamw(1e-3)),
+    Format("optax.nadamw, mu_dtype=bfloat16", jnp.float32, optax.nadamw(1e-3, mu_dtype=jnp.bfloat16)),
+    Format("optax.nadamw", jnp.bfloat16, optax.nadamw(1e-3)),
+]
+COLUMNS = ["moments", "weights and gradients"]
+NOTE = """\
+The shapes of GPT-2 small, the whole step of `nadamw`, params and state donated. The state is all arrays that the
+optimizer keeps; XLA's bytes and temporaries are of the program for the CPU, which makes a kernel for each result and
+reckons the codes anew for each. `optax.nadamw` in bfloat16 rounds moments and weights to the nearest; compensated
+weights keep 24 bits, or all of float32's 32 with int16."""
+TPU_NOTE = """\
+One leaf of 8192 x 8192, one chip, the whole step of `nadamw`, compiled ahead of time and not run; needs the extra
+`tpu`. Traffic is what passes between the chip and its memory. A format whose weights and gradients are bfloat16
+reads and writes 6 bytes for them, float32 ones 12. The scales of bytes need one more reading of gradients and codes:
+6 bytes, or 4. As one kernel a leaf, in place of an XLA fusion, the same step would read and write 12 bytes, and 12
+more for what follows it in the chain, which XLA cannot fuse with it: 24."""
+
+
+def arrays(shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> list[jax.Array]:
+    """Standard normal leaves."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def running(format_: Format, shapes: Sequence[tuple[int, ...]]) -> tuple[Callable[[], Any], Any, int]:
+    """A step that goes on from the last one, its program, and the bytes of its state."""
+    params, grads = (arrays(shapes, format_.weights) for _ in range(2))
+    state = jax.jit(format_.tx.init)(params)
+    kept = sum(x.nbytes for x in jax.tree.leaves(state))
+    step = jax.jit(whole_step(format_.tx, apply=True), donate_argnums=(0, 1))
+    executable = step.lower(params, state, grads).compile()
+    carry = [params, state]
+
+    def call() -> Any:
+        carry[:] = executable(*carry, grads)
+        return jax.block_until_ready(carry[0])
+
+    return call, executable, kept
+
+
+def measured(shapes: Sequence[tuple[int, ...]], repeats: int) -> Iterator[list[Any]]:
+    """Memory and time of every format on this machine, a few at a time so that all fit."""
+    size = sum(map(math.prod, shapes))
+    for some in (FORMATS[:3], FORMATS[3:6], FORMATS[6:9], FORMATS[9:]):
+        plain = Format("reference", jnp.float32, optax_nadam.nadamw(1e-3))
+        ready = {k: running(format_, shapes) for k, format_ in enumerate([plain, *some])}
+        seconds = interleaved({str(k): call for k, (call, _, _) in ready.items()}, repeats)
+        whole = median_and_spread(seconds["0"])[0]
+        for k, format_ in enumerate(some, start=1):
+            _, executable, kept = ready[k]
+            yield [
+                format_.name,
+                jnp.dtype(format_.weights).name,
+                f"{kept / size:.3f}",
+                f"{executable.memory_analysis().temp_size_in_bytes / size:.2f}",
+                f"{executable.cost_analysis()['bytes accessed'] / size:.1f}",
+                milliseconds(seconds[str(k)]),
+                f"{median_and_spread(seconds[str(k)])[0] / whole:.2f}",
+            ]
+
+
+def compiled_for_tpu() -> Iterator[list[Any]]:
+    """Traffic, kernels and temporaries of every format, compiled ahead of time."""
+    from benchmarks import tpu_ahead_of_time as tpu
+
+    size = sum(map(math.prod, tpu.LARGE.values()))
+    for name, weights, tx in FORMATS:
+        compiled = tpu.compiled_step(tx, tpu.LARGE, 1, weights)
+        memory = compiled.memory_analysis()
+        gradients_and_weights = 2 * jnp.dtype(weights).itemsize
+        yield [
+            name,
+            jnp.dtype(weights).name,
+            f"{memory.argument_size_in_bytes / size - gradients_and_weights:.3f}",
+            f"{memory.temp_size_in_bytes / size:.3f}",
+            f"{tpu.traffic(compiled) / size:.2f}",
+            tpu.kernels(compiled)["fusion"],
+        ]
+
+
+def main() -> None:
+    """Compiles for TPU where the extra ``tpu`` is installed, and measures this machine elsewhere."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small leaves, few steps; saves nothing")
+    quick = parser.parse_args().quick
+    if importlib.util.find_spec("libtpu"):
+        save(
+            "memory_formats",
+            "What do the formats of moments and weights take on a TPU?",
+            [*COLUMNS, "state, bytes a parameter", "temporaries", "traffic a parameter", "fusions"],
+            list(compiled_for_tpu()),
+            TPU_NOTE,
+            backend="tpu",
+            hardware="compiled for TPU v5e, with none present",
+            packages=("libtpu",),
+        )
+        return
+    rows = list(measured([(64, 64), (2048,)] if quick else gpt2_small(), repeats=3 if quick else 11))
+    if quick:
+        print(*rows, sep="\n")
+        return
+    save(
+        "memory_formats",
+        "What do the formats of moments and weights take?",
+        [
+            *COLUMNS,
+            "state, bytes a parameter",
+            "temporaries",
+            "bytes accessed a parameter",
+            "step",
+            "over float32's",
+        ],
+        rows,
+        NOTE,
+    )
+
+
+if __name__ == "__main__":
+    main()
