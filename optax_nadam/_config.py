@@ -45,7 +45,7 @@ class NadamConfig:
       maximize: ascend.
       complex_as_real: treat a complex leaf as two real ones.
       accumulate_steps: gradients that are averaged for one step, at least 1.
-      m_dtype: ``"bfloat16"``, ``"float32"``, ``"float64"`` or None, see :func:`optax_nadam.scale_by_nadam`.
+      m_dtype: ``"int8"``, ``"bfloat16"``, ``"float32"``, ``"float64"`` or None, see :func:`optax_nadam.scale_by_nadam`.
       v_dtype: likewise.
 
     Raises:

@@ -27,8 +27,9 @@ class ScaleByNadamState(NamedTuple):
       mu_product: :math:`P_t`, the product of the momenta used so far, shape ``()``; float32, or float64 when
         x64 is enabled.
       m: mean of the gradients, a tree like the params; float32 for leaves of at most 32 bits, float64 for
-        float64 leaves, complex for complex ones.
-      v: mean of the squared gradients, a tree like the params; float32 or float64, real for complex leaves.
+        float64 leaves, complex for complex ones; where ``m_dtype`` says so, bfloat16 or a :class:`Quantized` in
+        place of a leaf.
+      v: mean of the squared gradients, likewise; real for complex leaves.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in every Optax state
@@ -85,9 +86,12 @@ def scale_by_nadam(
         and ``dozat2016`` only.
       rule: the dialect: ``"scheduled"`` (tf.keras up to 2.10, Keras 3, PyTorch), ``"constant"`` (Optax),
         ``"simplified"`` (timm, AlgoPerf) or ``"dozat2016"`` (the paper).
-      m_dtype: dtype of ``m`` (of its parts, for complex leaves): float32, float64, or None for float32 and for
-        float64 on leaves with 64-bit parts.
-      v_dtype: dtype of ``v``, likewise.
+      m_dtype: how ``m`` is kept. None: float32, and float64 on leaves with 64-bit parts; ``"float32"``, ``"float64"``:
+        that (its parts, for complex leaves). ``"bfloat16"``: 2 bytes a parameter. ``"int8"``: a byte, and a scale for
+        each row, a :class:`Quantized`; leaves under 1024 elements stay as they are. The narrow ones are rounded up or
+        down by chance, so that they are right in the mean; the chance is a function of step and position, the same
+        in every run and on any devices. The ``m`` of complex leaves is not made narrow.
+      v_dtype: how ``v`` is kept, likewise.
 
     All numbers may also be scalar arrays, traced or not. Python numbers are used in double precision and checked.
 
@@ -214,8 +218,8 @@ def nadam(
       eps_root: added under the root, not negative.
       momentum_decay: how fast the momentum rises, per step, not negative.
       rule: the dialect.
-      m_dtype: dtype of the first moment.
-      v_dtype: dtype of the second moment.
+      m_dtype: how the first moment is kept.
+      v_dtype: how the second moment is kept.
 
     Returns:
       A gradient transformation.
@@ -277,8 +281,8 @@ def nadamw(
       eps_root: added under the root, not negative.
       momentum_decay: how fast the momentum rises, per step, not negative.
       rule: the dialect.
-      m_dtype: dtype of the first moment.
-      v_dtype: dtype of the second moment.
+      m_dtype: how the first moment is kept.
+      v_dtype: how the second moment is kept.
       weight_decay: :math:`\lambda \ge 0`, in units of the update; it is multiplied by the learning rate.
       mask: a tree of booleans like the params, a prefix of it, or a function from params to one: the leaves
         that decay. None for all.
