@@ -12,4 +12,4 @@ from optax_nadam._nadam import scale_by_nadam as scale_by_nadam
 from optax_nadam._quantized import Quantized as Quantized
 from optax_nadam._schedules import Schedule as Schedule
 
-from optax_nadam import compat as compat  # isort: skip  # it needs the names above
+from optax_nadam import compat as compat, diagnostics as diagnostics  # isort: skip  # they need the names above

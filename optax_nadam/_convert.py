@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._moments import Moment, decoded, kept_like, real_dtype, with_parts, zero_m, zero_v
-from optax_nadam._nadam import ScaleByNadamState
+from optax_nadam._nadam import is_nadam
 from optax_nadam._quantized import Quantized, is_quantized
 from optax_nadam._rounding import Chance
 
@@ -54,11 +54,6 @@ def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None = None, v_dtype
         return node._replace(m=m, v=v)
 
     return jax.tree.map(convert, opt_state, is_leaf=is_nadam)
-
-
-def is_nadam(node: Any) -> bool:
-    """Whether a node of an optimizer state is that of Nadam."""
-    return isinstance(node, ScaleByNadamState)
 
 
 def _in_format(kept: Moment, zero: Any, dtype: DTypeLike | None, chance: Chance) -> Moment:

@@ -16,7 +16,7 @@ from optax_nadam import _validation as validation
 from optax_nadam._moments import Moment, averaged, real_dtype, with_parts, zero_m, zero_v
 from optax_nadam._quantized import is_quantized
 from optax_nadam._rounding import Chance
-from optax_nadam._rules import RULES, Coefficients, Hyperparameters, Rule, coefficients, scalar_dtype
+from optax_nadam._rules import Coefficients, Hyperparameters, Rule, coefficients, rule_named, scalar_dtype
 
 
 class ScaleByNadamState(NamedTuple):
@@ -36,6 +36,23 @@ class ScaleByNadamState(NamedTuple):
     mu_product: jax.Array
     m: optax.Updates
     v: optax.Updates
+
+
+def get_state(opt_state: Any) -> ScaleByNadamState:
+    """The one Nadam state in an optimizer state, at any depth.
+
+    Raises:
+      ValueError: there is none, or more than one.
+    """
+    found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_nadam) if is_nadam(s)]
+    if len(found) != 1:
+        raise ValueError(f"opt_state must hold one ScaleByNadamState, but holds {len(found)}.")
+    return found[0]
+
+
+def is_nadam(node: Any) -> bool:
+    """Whether a node of an optimizer state is Nadam's."""
+    return isinstance(node, ScaleByNadamState)
 
 
 def scale_by_nadam(
@@ -124,7 +141,7 @@ def scale_by_nadam(
     validation.check_moment_dtype("m_dtype", m_dtype)
     validation.check_moment_dtype("v_dtype", v_dtype)
     validation.check_rule("rule", rule)
-    dialect = RULES[rule] if isinstance(rule, str) else rule
+    dialect = rule_named(rule)
 
     def init(params: optax.Params) -> ScaleByNadamState:
         validation.check_leaves("params", params)
@@ -169,10 +186,15 @@ def _update_leaf(
     grad = g.astype(whole)
     m_new, m_kept = averaged(m, grad, c.m_weight, Chance(step, 0))
     v_new, v_kept = averaged(v, _abs_squared(grad), c.v_weight, Chance(step, 1))
-    numerator = c.cg.astype(whole) * grad + c.cm.astype(whole) * m_new
-    denominator = _power(c.cv * v_new + c.eps_root, power) + c.eps
-    u = numerator / denominator.astype(whole)
+    u = direction(grad, m_new, v_new, c, power)
     return u.astype(g.dtype), m_kept, v_kept
+
+
+def direction(g: jax.Array, m: jax.Array, v: jax.Array, c: Coefficients, power: float) -> jax.Array:
+    """The update of a leaf, from its gradient and its moments of the same step."""
+    numerator = c.cg.astype(g.dtype) * g + c.cm.astype(g.dtype) * m
+    denominator = _power(c.cv * v + c.eps_root, power) + c.eps
+    return numerator / denominator.astype(g.dtype)
 
 
 def _power(x: jax.Array, power: float) -> jax.Array:

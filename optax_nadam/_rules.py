@@ -124,6 +124,11 @@ RULES = {
 }
 
 
+def rule_named(rule: str | Rule) -> Rule:
+    """The rule, whether it is given itself or by its name."""
+    return RULES[rule] if isinstance(rule, str) else rule
+
+
 @dataclasses.dataclass(frozen=True)
 class _Factor:
     """A number in [0, 1] and its distance from 1, each to full precision."""

@@ -13,11 +13,11 @@ from jax.typing import ArrayLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._convert import convert_moments, is_nadam
+from optax_nadam._convert import convert_moments
 from optax_nadam._moments import Moment, kept_like, real_dtype, with_parts
-from optax_nadam._nadam import ScaleByNadamState
+from optax_nadam._nadam import ScaleByNadamState, get_state, is_nadam
 from optax_nadam._rounding import Chance
-from optax_nadam._rules import RULES, Rule, mu_product_after
+from optax_nadam._rules import Rule, mu_product_after, rule_named
 
 
 def check_keys(what: str, got: Iterable[str], known: Iterable[str]) -> None:
@@ -34,24 +34,12 @@ def unsupported(what: str, name: str, value: Any, advice: str) -> ValueError:
 
 def rule_of(config: NadamConfig) -> Rule:
     """The rule of a config, whether it holds the rule or its name."""
-    return RULES[config.rule] if isinstance(config.rule, str) else config.rule
+    return rule_named(config.rule)
 
 
 def rebuilt_product(count: int, config: NadamConfig) -> float:
     """The product of the momenta after ``count`` steps, for checkpoints that lack it."""
     return mu_product_after(count, config.b1, config.momentum_decay, rule_of(config))
-
-
-def get_state(opt_state: Any) -> ScaleByNadamState:
-    """The one Nadam state in an optimizer state, at any depth.
-
-    Raises:
-      ValueError: there is none, or more than one.
-    """
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_nadam) if is_nadam(s)]
-    if len(found) != 1:
-        raise ValueError(f"opt_state must hold one ScaleByNadamState, but holds {len(found)}.")
-    return found[0]
 
 
 def get_numbers(opt_state: Any) -> ScaleByNadamState:

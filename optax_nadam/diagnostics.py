@@ -1,0 +1,130 @@
+"""What Nadam is doing during a run, as scalars for any logger."""
+
+from typing import Any
+
+import jax
+import optax
+from jax import numpy as jnp
+
+from optax_nadam import _validation as validation
+from optax_nadam._config import NadamConfig
+from optax_nadam._convert import convert_moments
+from optax_nadam._moments import with_parts
+from optax_nadam._nadam import direction, get_state, is_nadam
+from optax_nadam._rules import Hyperparameters, coefficients, momentum_at, rule_named, scalar_dtype
+
+
+def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None = None) -> dict[str, jax.Array]:
+    r"""The step that led to an optimizer state, in a few numbers.
+
+    With the scalars of :func:`optax_nadam.scale_by_nadam`, whose update is :math:`u_t`, and over the :math:`n`
+    elements of all leaves,
+
+    .. math:: u^m_t = c^m_t m_t / d_t, \quad u^g_t = c^g_t g_t / d_t, \quad u_t = u^m_t + u^g_t, \quad
+              d_t = \sqrt{c^v_t v_t + \bar\varepsilon} + \varepsilon
+
+    ================== =============================================================================================
+    ``mu``             :math:`\mu_t`, the momentum
+    ``mu_product``     :math:`P_t`, the product of the momenta, as in the state
+    ``m_norm``         :math:`\lVert m_t \rVert`, as kept, not debiased; in units of the gradient
+    ``root_v_norm``    :math:`\lVert \sqrt{v_t} \rVert`, likewise
+    ``momentum_rms``   :math:`\lVert u^m_t \rVert / \sqrt n`, the length of what the moments alone give
+    ``update_rms``     :math:`\lVert u_t \rVert / \sqrt n`, the length of the step, before the learning rate
+    ``gradient_share`` :math:`\langle u^g_t, u_t \rangle / \lVert u_t \rVert^2`, the share of the look-ahead; the rest
+                       is that of the momentum. Negative where the gradient opposes a larger momentum
+    ================== =============================================================================================
+
+    the last two only with gradients.
+
+    Args:
+      opt_state: a state that ``update`` returned, with one :class:`ScaleByNadamState` in it, at any depth.
+      config: the hyperparameters and the rule of the run; its further fields do not matter. What
+        ``optax.inject_hyperparams`` keeps in the state goes before what the config says.
+      gradients: :math:`g_t` as it came to Nadam's own link, clipped or averaged if so; a tree like the params, of
+        which the leaves behind an ``optax.MaskedNode`` are left out.
+
+    Returns:
+      Arrays of shape ``()``, in float32, or in float64 when x64 is enabled. Before the first step, and of an update of
+      zero, some are NaN.
+
+    Raises:
+      ValueError: there is no Nadam state, or more than one; the gradients do not fit it in structure or shape.
+      TypeError: a gradient is no array of numbers.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_nadam
+      >>> config = optax_nadam.NadamConfig(learning_rate=0.1, b1=0.95)
+      >>> tx = config.build()
+      >>> params, gradients = {"w": jnp.array([1.0, -1.0])}, {"w": jnp.array([0.5, 3.0])}
+      >>> _, state = tx.update(gradients, tx.init(params))
+      >>> for name, x in optax_nadam.diagnostics.scalars(state, config, gradients).items():
+      ...     print(f"{name} {x:.4f}")
+      mu 0.4751
+      mu_product 0.4751
+      m_norm 0.1521
+      root_v_norm 0.0962
+      momentum_rms 0.0307
+      update_rms 1.0307
+      gradient_share 0.9702
+    """
+    state = convert_moments(get_state(opt_state))
+    rule, h = rule_named(config.rule), _hyperparameters(opt_state, config)
+    dtype = scalar_dtype()
+    mu = jnp.asarray(momentum_at(state.count.astype(dtype), h, rule).value, dtype)
+    product = state.mu_product.astype(dtype)
+    # Coefficients are made from P_{t-1}; where mu is zero, any will do.
+    c, _ = coefficients(rule, state.count, product / jnp.maximum(mu, jnp.finfo(dtype).tiny), h)
+
+    def update_from(g: optax.Updates) -> tuple[optax.Updates, jax.Array]:
+        u = jax.tree.map(lambda g, m, v: direction(g, m, v, c, rule.power), g, m, v)
+        return u, _dot(u, u)
+
+    m, v = (jax.tree.map(_wide, moments) for moments in (state.m, state.v))
+    n = max(1, sum(x.size for x in jax.tree.leaves(m)))
+    u_m, u_m_squared = update_from(jax.tree.map(jnp.zeros_like, m))
+    shown = {
+        "mu": mu,
+        "mu_product": product,
+        "m_norm": jnp.sqrt(_dot(m, m)),
+        "root_v_norm": jnp.sqrt(_total(v)),
+        "momentum_rms": jnp.sqrt(u_m_squared / n),
+    }
+    if gradients is None:
+        return shown
+    u, u_squared = update_from(_fitting(gradients, m))
+    return shown | {"update_rms": jnp.sqrt(u_squared / n), "gradient_share": 1 - _dot(u_m, u) / u_squared}
+
+
+def _hyperparameters(opt_state: Any, config: NadamConfig) -> Hyperparameters:
+    injectors = filter(_injects, jax.tree.leaves(opt_state, is_leaf=_injects))
+    kept = {name: jnp.real(x).astype(scalar_dtype()) for s in injectors for name, x in s.hyperparams.items()}
+    return Hyperparameters(*(kept.get(name, getattr(config, name)) for name in Hyperparameters._fields))
+
+
+def _injects(node: Any) -> bool:
+    """Whether a node is a state of ``optax.inject_hyperparams`` around a Nadam."""
+    return "hyperparams" in getattr(node, "_fields", ()) and any(map(is_nadam, jax.tree.leaves(node, is_leaf=is_nadam)))
+
+
+def _wide(x: Any) -> jax.Array:
+    return jnp.asarray(x, with_parts(scalar_dtype(), x))
+
+
+def _fitting(gradients: optax.Updates, m: optax.Updates) -> optax.Updates:
+    """The gradients of the leaves that have moments."""
+    unmasked = jax.tree.map(lambda m, g: m if _is_masked(m) else g, m, gradients, is_leaf=_is_masked)
+    validation.check_like_state("gradients", unmasked, m)
+    return jax.tree.map(_wide, unmasked)
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _dot(x: optax.Updates, y: optax.Updates) -> jax.Array:
+    return _total(jax.tree.map(lambda x, y: jnp.real(x * jnp.conj(y)), x, y))
+
+
+def _total(tree: optax.Updates) -> jax.Array:
+    return sum(map(jnp.sum, jax.tree.leaves(tree)), jnp.zeros((), scalar_dtype()))
