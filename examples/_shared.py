@@ -1,14 +1,18 @@
-"""What the examples share: arguments, the digits, a network in JAX, a picture of one run in two frameworks."""
+"""What the examples share: arguments, the digits, a network and its training in JAX, what they print and draw."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
+
+Batch = tuple[np.ndarray, np.ndarray]
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +44,17 @@ def png(text: str) -> Path:
     return Path(text)
 
 
-def digits_in_batches(number: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def arguments(description: str | None, steps: int, out: str | None = None) -> argparse.Namespace:
+    """The arguments of a short example: steps, a seed and, where it draws, the picture."""
+    parser = Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--steps", type=positive, default=steps, help="training steps")
+    parser.add_argument("--seed", type=natural, default=0, help="of the weights and the batches")
+    if out:
+        parser.add_argument("--out", type=png, default=Path(out), help="where to put the picture")
+    return parser.parse_args()
+
+
+def digits_in_batches(number: int, seed: int) -> list[Batch]:
     """Batches of 64 handwritten digits: 64 pixels each in [0, 1], and labels."""
     pixels, labels = load_digits(return_X_y=True)
     rng = np.random.default_rng(seed)
@@ -48,15 +62,31 @@ def digits_in_batches(number: int, seed: int) -> list[tuple[np.ndarray, np.ndarr
     return [((pixels[row] / 16).astype(np.float32), labels[row]) for row in rows]
 
 
-def loss_of(params: dict[str, Any], images: jax.Array, labels: jax.Array) -> jax.Array:
-    """The loss of the network of 64, 32 and 10 units that the examples bring over."""
-    hidden = jax.nn.relu(images @ params["hidden"]["kernel"] + params["hidden"]["bias"])
-    logits = hidden @ params["last"]["kernel"] + params["last"]["bias"]
+def initial_params(seed: int) -> dict[str, Any]:
+    """Weights of the network of 64, 32 and 10 units."""
+    rng = np.random.default_rng(seed)
+
+    def layer(inputs: int, outputs: int) -> dict[str, np.ndarray]:
+        kernel = rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(np.float32)
+        return {"kernel": kernel, "bias": np.zeros(outputs, np.float32)}
+
+    return {"hidden": layer(64, 32), "last": layer(32, 10)}
+
+
+def cross_entropy(logits: jax.Array, labels: ArrayLike) -> jax.Array:
+    """The mean over a batch."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def train_in_jax(params: Any, tx: Any, state: Any, batches: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
-    """The loss at each batch."""
+def loss_of(params: dict[str, Any], images: jax.Array, labels: jax.Array) -> jax.Array:
+    """The loss of the network of 64, 32 and 10 units."""
+    hidden = jax.nn.relu(images @ params["hidden"]["kernel"] + params["hidden"]["bias"])
+    logits = hidden @ params["last"]["kernel"] + params["last"]["bias"]
+    return cross_entropy(logits, labels)
+
+
+def make_step(tx: optax.GradientTransformation, loss_of: Callable[..., jax.Array] = loss_of) -> Callable[..., Any]:
+    """A training step: params, optimizer state and a batch to params, optimizer state and loss."""
 
     @jax.jit
     def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any, jax.Array]:
@@ -64,11 +94,26 @@ def train_in_jax(params: Any, tx: Any, state: Any, batches: list[tuple[np.ndarra
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
+    return step
+
+
+def train(step: Callable[..., Any], params: Any, state: Any, batches: list[Batch]) -> tuple[Any, Any, list[float]]:
+    """The params and the optimizer state after all batches, and the loss at each."""
     losses = []
     for images, labels in batches:
         params, state, loss = step(params, state, images, labels)
         losses.append(float(loss))
-    return losses
+    return params, state, losses
+
+
+def train_in_jax(params: Any, tx: Any, state: Any, batches: list[Batch]) -> list[float]:
+    """The loss at each batch."""
+    return train(make_step(tx), params, state, batches)[-1]
+
+
+def report(losses: list[float]) -> None:
+    """Prints where the loss began and ended."""
+    print(f"loss: {losses[0]:.4f} at first, {losses[-1]:.4f} after {len(losses)} steps")
 
 
 def draw_continuations(framework: str, before: list[float], there: list[float], here: list[float], path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from _shared import Parser, digits_in_batches, loss_of, natural, positive
+from _shared import Parser, digits_in_batches, initial_params, loss_of, natural, positive, report
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import optax_nadam
@@ -42,17 +42,6 @@ def place(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree, shardings
     )
-
-
-def initial_params(seed: int) -> dict[str, Any]:
-    """Weights of the network of 64, 32 and 10 units."""
-    rng = np.random.default_rng(seed)
-
-    def layer(inputs: int, outputs: int) -> dict[str, np.ndarray]:
-        kernel = rng.normal(0, inputs**-0.5, (inputs, outputs)).astype(np.float32)
-        return {"kernel": kernel, "bias": np.zeros(outputs, np.float32)}
-
-    return {"hidden": layer(64, 32), "last": layer(32, 10)}
 
 
 def train(layout: str, steps: int, seed: int) -> tuple[dict[str, Any], Any, list[float]]:
@@ -121,7 +110,7 @@ def main() -> None:
         if chosen.out:
             save(chosen.out, whole)
         print(f"{chosen.layout} on {jax.device_count()} devices of {jax.process_count()} processes")
-        print(f"loss: {losses[0]:.4f} at first, {losses[-1]:.4f} after {chosen.steps} steps")
+        report(losses)
         of_params, of_state = bytes_on_one_device(params), bytes_on_one_device(opt_state)
         print(f"bytes on one device: {of_params} of params, {of_state} of optimizer state")
 

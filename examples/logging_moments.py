@@ -1,0 +1,65 @@
+"""Logging what Nadam does: momentum, moments and the length of a step, in numbers for any logger and in a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from _shared import arguments, digits_in_batches, initial_params, loss_of, report
+from matplotlib.figure import Figure
+
+import optax_nadam
+
+PANELS = {
+    "loss": ["loss"],
+    "momentum": ["mu"],
+    "length of the step": ["update_rms", "momentum_rms"],
+    "moments": ["m_norm", "root_v_norm"],
+    "m, layer by layer": ["m_norm/hidden", "m_norm/last"],
+    "share of the gradient": ["gradient_share"],
+}
+
+
+def draw(log: dict[str, np.ndarray], path: Path) -> None:
+    """A panel for each kind of number."""
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
+        for name in names:
+            axes.plot(log[name], lw=1, label=name)
+        axes.set_title(title, fontsize=10)
+        axes.legend(frameon=False, fontsize=8)
+    figure.supxlabel("step")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> dict[str, np.ndarray]:
+    """Trains on the digits; each number over the steps."""
+    chosen = arguments(__doc__, steps=300, out="out/moments.png")
+    config = optax_nadam.NadamConfig(learning_rate=3e-3)
+    tx, params = config.build(), initial_params(chosen.seed)
+
+    @jax.jit
+    def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any, dict[str, jax.Array]]:
+        loss, grads = jax.value_and_grad(loss_of)(params, images, labels)
+        updates, state = tx.update(grads, state, params)
+        layers = optax.tree.get(state, "m")  # whatever else is wanted of the state
+        norms = {f"m_norm/{name}": optax.tree.norm(layer) for name, layer in layers.items()}
+        shown = {"loss": loss} | norms | optax_nadam.diagnostics.scalars(state, config, grads)
+        return optax.apply_updates(params, updates), state, shown
+
+    state, lines = tx.init(params), []
+    for images, labels in digits_in_batches(chosen.steps, chosen.seed):
+        params, state, shown = step(params, state, images, labels)
+        lines.append(jax.device_get(shown))
+    log = {name: np.array([line[name] for line in lines]) for name in lines[0]}
+    draw(log, chosen.out)
+    report(list(log["loss"]))
+    print(", ".join(f"{name} {values[-1]:.4f}" for name, values in log.items()))
+    print(f"all of the run in {chosen.out}")
+    return log
+
+
+if __name__ == "__main__":
+    main()
