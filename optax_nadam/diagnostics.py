@@ -34,7 +34,8 @@ def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None
                        is that of the momentum. Negative where the gradient opposes a larger momentum
     ================== =============================================================================================
 
-    the last two only with gradients.
+    the last two only with gradients. In a compiled step they take one more reading of the moments and the gradients on
+    a TPU, several on a CPU: call it in the steps that are logged.
 
     Args:
       opt_state: a state that ``update`` returned, with one :class:`ScaleByNadamState` in it, at any depth.

@@ -205,3 +205,15 @@ def test_a_state_without_the_one_nadam_is_refused(tx):
 def test_gradients_that_do_not_fit_are_refused(gradients, error, text):
     with pytest.raises(error, match=text):
         scalars(nadam().init({"x": jnp.ones(2)}), NadamConfig(), gradients)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_narrow_moments_are_read_as_numbers(rng, dtype):
+    gradients = {"w": jnp.asarray(rng.normal(size=(32, 64)), jnp.float32)}
+    config = NadamConfig(m_dtype=dtype, v_dtype=dtype)
+    got, wide = (
+        scalars(c.build().update(gradients, c.build().init(gradients))[1], config, gradients)
+        for c in (config, NadamConfig())
+    )
+    assert got.keys() == wide.keys()
+    assert all(abs(got[name] / wide[name] - 1) < 0.02 for name in got)

@@ -28,6 +28,9 @@ from benchmarks.tpu_ahead_of_time import (
     mesh_of,
     traffic,
 )
+from benchmarks.tracing import whole_step
+from optax_nadam import NadamConfig
+from optax_nadam.diagnostics import scalars
 
 WITHOUT_PRODUCT = ("nadam, constant", "nadam, simplified")  # their coefficients do not read the state's mu_product
 SCALARS = 300_000  # bytes of them that XLA counts in a step, whatever the size of the leaves
@@ -155,6 +158,22 @@ def test_compensated_weights_cost_the_bytes_they_keep_and_no_more(remainder, mor
     assert 0.9 * (expected + more) <= traffic(step) / (size(LARGE) / chips) <= expected + more + 0.01
     assert step.memory_analysis().temp_size_in_bytes == 0
     assert not collectives(step)
+
+
+@pytest.mark.parametrize("chips", TOPOLOGIES)
+def test_diagnostics_read_gradients_and_moments_once_more_and_send_sums(chips):
+    tx, mesh = OURS["nadam, scheduled"], mesh_of(chips)
+
+    def step(params, state, grads):
+        params, state = whole_step(tx, apply=True)(params, state, grads)
+        return params, state, scalars(state, NadamConfig(), grads)
+
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in LARGE.items()}
+    params, state = (laid_out(tree, mesh, SPLIT) for tree in (params, jax.eval_shape(tx.init, params)))
+    logged = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    assert traffic(logged) == (28 + 12) * size(LARGE) // chips
+    assert kernels(logged) == {"fusion": 2}
+    assert collectives(logged) == ({"all-reduce": 1} if chips > 1 else {})
 
 
 def test_the_leaves_of_gpt2_small_take_a_fusion_each():
