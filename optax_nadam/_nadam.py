@@ -76,16 +76,17 @@ def scale_by_nadam(
       v_t &= \beta_2 v_{t-1} + (1 - \beta_2) |g_t|^2 \\
       u_t &= (c^g_t g_t + c^m_t m_t) / (\sqrt{c^v_t v_t + \bar\varepsilon} + \varepsilon)
 
-    where :math:`\mu_t = \beta_1 (1 - \tfrac12\, 0.96^{\psi t})`, :math:`P_t = \mu_1 \cdots \mu_t` and
+    where :math:`\mu_t = \beta_1 (1 - \tfrac12\, 0.96^{\psi t})`, but :math:`\mu_t = \beta_1` for ``constant`` and
+    ``simplified``, :math:`P_t = \mu_1 \cdots \mu_t` and
 
-    ============== =============== ============================ ============================ =========================
-    rule           :math:`a_t`     :math:`c^g_t`                :math:`c^m_t`                :math:`c^v_t`
-    ============== =============== ============================ ============================ =========================
-    ``scheduled``  :math:`\beta_1` :math:`(1-\mu_t)/(1-P_t)`    :math:`\mu_{t+1}/(1-P_{t+1})` :math:`1/(1-\beta_2^t)`
-    ``constant``   as ``scheduled``, with :math:`\mu_t = \beta_1` throughout
-    ``simplified`` as ``constant``, but :math:`c^m_t = \beta_1/(1-\beta_1^t)`
-    ``dozat2016``  as ``scheduled``, but :math:`a_t = \mu_t` and :math:`c^v_t = \beta_2/(1-\beta_2^t)`
-    ============== ===========================================================================================
+    ============== =============== ========================= ============================= =============================
+    rule           :math:`a_t`     :math:`c^g_t`             :math:`c^m_t`                 :math:`c^v_t`
+    ============== =============== ========================= ============================= =============================
+    ``scheduled``  :math:`\beta_1` :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})` :math:`1/(1-\beta_2^t)`
+    ``constant``   :math:`\beta_1` :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})` :math:`1/(1-\beta_2^t)`
+    ``simplified`` :math:`\beta_1` :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_t)`     :math:`1/(1-\beta_2^t)`
+    ``dozat2016``  :math:`\mu_t`   :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})` :math:`\beta_2/(1-\beta_2^t)`
+    ============== =============== ========================= ============================= =============================
 
     Each leaf is computed in float32, or in float64 if it has 64-bit parts; the update has the gradient's dtype.
     Leaves that are ``None`` or ``optax.MaskedNode`` pass through. Complex leaves have a real ``v``. With ``eps`` above

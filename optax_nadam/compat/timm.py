@@ -166,7 +166,7 @@ def config_from(group: Mapping[str, Any]) -> NadamConfig:
       group: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
 
     Returns:
-      The config: it builds what :func:`nadamw` or :func:`nadamlegacy` builds.
+      The config. It builds what :func:`nadamw` or :func:`nadamlegacy` builds.
 
     Raises:
       ValueError: a key is missing or unknown, or a number is out of range. An older release with
