@@ -1,9 +1,10 @@
-"""Runs the tests, the example, the longer test runs or the checks, in an environment that it makes itself.
+"""Runs the tests, the example or the checks, or builds the site, in an environment that it makes itself.
 
     python run.py tests
     python run.py example
     python run.py parity      beside Keras, TensorFlow, PyTorch and timm
     python run.py tpu         compiled ahead of time for TPU; needs none
+    python run.py docs        the site, into site/
     python run.py long        what takes minutes: a million steps, thousands of random trees, the largest leaves
 
 Needs Python 3.11 or later and a package index, nothing else. What follows the task is passed on to it.
@@ -27,6 +28,7 @@ TASKS: dict[str, tuple[str, list[list[str]]]] = {
     "parity": ("parity", [["-m", "pip", "install", "-q", "--no-deps", "timm==1.0.31"], [*ELSEWHERE, "tests/parity"]]),
     "tpu": ("tpu", [[*ELSEWHERE, "tests/tpu"]]),
     "long": ("test", [[*PYTEST, "-m", "long or property", "--hypothesis-profile=long"]]),
+    "docs": ("docs", [["-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-d", "build/doctrees", "docs", "site"]]),
     "checks": ("dev", [["-m", "ruff", "format", "--check"], ["-m", "ruff", "check"], ["-m", "mypy"]]),
 }
 

@@ -1,0 +1,1 @@
+"""The site, and the code of its figures."""

@@ -1,0 +1,118 @@
+"""The code of the pages runs, the reference lists all that is public, the curves are those of the formulas."""
+
+import doctest
+import inspect
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+import optax_nadam
+from docs import plots
+from optax_nadam import compat
+from tests import reference
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+MODULES = [optax_nadam, *(x for x in vars(compat).values() if inspect.ismodule(x) and "._" not in x.__name__)]
+
+
+def sections(page):
+    """Those that need another framework, one by one, and all others together: a list of blocks each."""
+    parts = re.split(r"^## ", (DOCS / page).read_text(), flags=re.MULTILINE)
+    foreign = [bool(re.search(r"^import .*\b(keras|torch)\b", part, flags=re.MULTILINE)) for part in parts]
+    ours = "".join(part for part, theirs in zip(parts, foreign, strict=True) if not theirs)
+    return blocks(ours), [blocks(part) for part, theirs in zip(parts, foreign, strict=True) if theirs]
+
+
+def blocks(text):
+    return re.findall(r"^```(python|pycon)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def run(program):
+    """Runs blocks as one program, and compares what it prints."""
+    names: dict[str, object] = {}
+    for kind, code in program:
+        if kind == "python":
+            exec(compile(code, "a block", "exec"), names)
+        else:
+            example = doctest.DocTestParser().get_doctest(code, names, "a block", None, None)
+            assert doctest.DocTestRunner().run(example, clear_globs=False).failed == 0
+            names |= example.globs
+
+
+@pytest.mark.lenient("Optax's schedules and wrappers mix dtypes")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(sections(page)[0])
+
+
+def test_pages_with_code_are_found():
+    assert {page for page in PAGES if sections(page)[0]} >= {"index.md", "start.md", "which.md", "devices.md"}
+    assert len(sections("migrate.md")[1]) == 2
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_the_reference_lists_every_public_name(module):
+    page = (DOCS / "api" / f"{module.__name__.rpartition('.')[2]}.rst").read_text()
+    public = {
+        name
+        for name, x in vars(module).items()
+        if (inspect.isfunction(x) or inspect.isclass(x)) and not name.startswith("_")
+        if module is optax_nadam or x.__module__ == module.__name__
+    }
+    listed = re.findall(r"^\.\. auto(?:function|class):: (\w+)", page, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(public)
+
+
+def lengths_by_the_formula(dialect, grads):
+    updates, *_ = reference.Nadam(**dialect).updates(np.asarray(grads, np.float64))
+    return np.sqrt(np.mean(updates**2, axis=1))
+
+
+@pytest.mark.parametrize("name", plots.DIALECTS)
+def test_lengths_of_steps_with_a_gradient_of_one(name):
+    dialect = plots.DIALECTS[name]
+    expected = lengths_by_the_formula(dialect, np.ones((200, 1)))
+    np.testing.assert_allclose(plots.step_lengths(False, **dialect)[:200], expected, rtol=1e-5)
+
+
+def test_lengths_of_steps_in_noise():
+    def noise(t):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(0), t), (plots.ELEMENTS,))
+
+    grads = jax.vmap(noise)(np.arange(20))
+    np.testing.assert_allclose(plots.step_lengths(True)[:20], lengths_by_the_formula({}, grads), rtol=1e-5)
+
+
+def curve(line):
+    """Steps and values."""
+    t, y = line.get_xydata().T
+    return t.astype(int), y
+
+
+def test_curves_of_the_momenta():
+    plots.draw_momenta()
+    left, right = plt.gcf().axes
+    assert [text.get_text() for text in plt.gcf().legends[0].get_texts()] == list(plots.MOMENTA)
+    for dialect, *lines in zip(plots.MOMENTA.values(), left.lines, right.lines, strict=True):
+        formula = reference.Nadam(**dialect)
+        (t, mu), (_, product) = map(curve, lines)
+        np.testing.assert_allclose(mu, formula.mu(t), rtol=1e-12)
+        products = np.array([formula.mu_product(i) for i in t[t < 100]], float)
+        np.testing.assert_allclose(product[t < 100], products, rtol=1e-10)
+    plt.close("all")
+
+
+def test_curves_of_the_lengths():
+    plots.draw_step_lengths()
+    for axes, noise in zip(plt.gcf().axes, (False, True), strict=True):
+        for dialect, line in zip(plots.DIALECTS.values(), axes.lines, strict=True):
+            t, lengths = curve(line)
+            assert (t[0], t[-1]) == (1, plots.STEPS)
+            np.testing.assert_array_equal(lengths, plots.step_lengths(noise, **dialect)[t - 1])
+    plt.close("all")
