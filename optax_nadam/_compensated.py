@@ -117,7 +117,7 @@ def master_params(state: Any, params: optax.Params) -> optax.Params:
       params: the weights that belong to it.
 
     Returns:
-      A tree like the params: float32 for bfloat16 leaves, the others as they are.
+      A tree like the params, with float32 in place of bfloat16 leaves.
 
     Raises:
       ValueError: there is no such state, or more than one, or it does not fit the params.

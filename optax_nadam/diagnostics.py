@@ -38,7 +38,7 @@ def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None
     a TPU, several on a CPU: call it in the steps that are logged.
 
     Args:
-      opt_state: a state that ``update`` returned, with one :class:`ScaleByNadamState` in it, at any depth.
+      opt_state: a state that ``update`` returned, with one :class:`optax_nadam.ScaleByNadamState` in it, at any depth.
       config: the hyperparameters and the rule of the run; its further fields do not matter. What
         ``optax.inject_hyperparams`` keeps in the state goes before what the config says.
       gradients: :math:`g_t` as it came to Nadam's own link, clipped or averaged if so; a tree like the params, of
