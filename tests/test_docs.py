@@ -17,7 +17,11 @@ from tests import reference
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
-MODULES = [optax_nadam, optax_nadam.diagnostics, *(x for x in vars(compat).values() if inspect.ismodule(x) and "._" not in x.__name__)]
+MODULES = [
+    optax_nadam,
+    optax_nadam.diagnostics,
+    *(x for x in vars(compat).values() if inspect.ismodule(x) and "._" not in x.__name__),
+]
 
 
 def sections(page):
