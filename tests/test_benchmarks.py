@@ -5,12 +5,13 @@ import functools
 import json
 import math
 
+import chex
 import jax
 import numpy as np
 import optax
 import pytest
 
-from benchmarks import _report, _rivals, precision, step_time
+from benchmarks import _report, _rivals, byte_kernel, memory_formats, precision, step_time
 from benchmarks._rivals import Problem, Rival, Run
 from benchmarks.step_time import FLAT, FOREACH, FUSED, GPT2, LOOPED, OPTAX, OURS, RESNET, SMALL, Outcome
 from optax_nadam import ScaleByNadamState, scale_by_nadam
@@ -327,3 +328,26 @@ def test_precision_of_a_run_and_of_one_update(rule):
     make = functools.partial(scale_by_nadam, rule=rule)
     assert precision.of_a_run(make(b2=0.99), rule, 0.99, steps=20) < 1e-6
     assert precision.of_one_update(lambda b2: make(b2=b2), ScaleByNadamState, rule, 0.99, 5) < 3e-7
+
+
+def test_the_kernel_for_moments_in_bytes_makes_the_bits_of_the_library(rng):
+    """Interpreted, on two blocks of rows; compiled, it is one of tests/tpu."""
+    params = {"w": np.asarray(rng.normal(size=(256, 192)), np.float32)}
+    ours, by_kernel = (jax.jit(tx.update) for tx in (byte_kernel.OURS, byte_kernel.scale_by_kernel(interpret=True)))
+    results = {}
+    for update in (ours, by_kernel):
+        state = byte_kernel.OURS.init(params)
+        for _ in range(3):
+            u, state = update(params, state)
+        results[update] = u, state
+    chex.assert_trees_all_equal(results[ours], results[by_kernel])
+
+
+def test_memory_formats_keep_what_they_say():
+    rows = list(memory_formats.measured([(64, 64), (2048,)], repeats=2))
+    kept = {(name, weights): float(state) for name, weights, state, *_ in rows}
+    assert len(kept) == len(memory_formats.FORMATS)
+    assert kept["float32", "float32"] == pytest.approx(8, abs=0.01)
+    assert kept["int8", "float32"] < 2.07
+    assert kept["int8, compensated", "bfloat16"] < 3.07
+    assert kept["int8, compensated by int16", "bfloat16"] < 4.07

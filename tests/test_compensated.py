@@ -111,7 +111,8 @@ def test_nothing_changes_where_the_step_is_zero(kind, value):
 
 @every_kind
 @pytest.mark.parametrize(
-    ("start", "end"), [(1.0, 1e-9), (1e-9, 1.0), (1.0, -1e-9), (0.0, -2.7), (-1.0, 0.0), (5.0, 3.1e38)]
+    ("start", "end"),
+    [(1.0, 1e-9), (1.0, 1.005e-9), (1.0, 1.21e-5), (1e-9, 1.0), (1.0, -1e-9), (0.0, -2.7), (-1.0, 0.0), (5.0, 3.1e38)],
 )
 def test_a_step_may_lead_anywhere(kind, start, end):
     """What cannot be reached by adding in float32 is missed by no more than float32 would miss it."""
@@ -124,6 +125,25 @@ def test_a_step_may_lead_anywhere(kind, start, end):
     allowed = 2.0**-24 * abs(start) + precision * abs(end)
     assert np.max(np.abs(np.asarray(master_params(state, narrow), float) - end)) <= allowed
     assert np.max(np.abs(np.asarray(narrow, float) - end)) <= 2.0**-24 * abs(start) + 2.0**-8 * abs(end)
+
+
+def test_random_steps_reach_their_targets(rng):
+    """Also those that take a weight nearly to zero, or just through it."""
+    n = 400_000
+    p = jnp.asarray(rng.choice([-1, 1], n) * np.exp2(rng.uniform(-30, 30, n)), jnp.bfloat16)
+    tx = compensated(optax.sgd(1.0), remainder_dtype="int16")
+    state = tx.init(p)._replace(remainder=jnp.asarray(rng.integers(-(2**15), 2**15, n), jnp.int16))
+    before = np.asarray(master_params(state, p))
+    near = before * (1 + rng.normal(size=n) * np.exp2(rng.uniform(-26, 0, n)))
+    beside = before + rng.integers(-3000, 3000, n) * np.abs(before) * 2.0**-24
+    anywhere = rng.normal(size=n) * np.exp2(rng.uniform(-40, 40, n))
+    grads = np.choose(rng.integers(0, 3, n), [near, beside, anywhere]).astype(np.float32)
+    updates, state = tx.update(jnp.asarray(grads), state, p)
+    narrow = optax.apply_updates(p, updates)
+    target, got, size = before - grads, np.asarray(master_params(state, narrow)), np.abs(np.asarray(p, float))
+    assert np.max(np.abs(got.astype(float) - target) / size) <= 2.0**-24
+    through_zero = (np.sign(target) != np.sign(before)) & (np.abs(target) < 0.01 * size)
+    np.testing.assert_array_equal(got[~through_zero], target[~through_zero])
 
 
 def test_a_tie_goes_away_from_zero_and_its_bits_are_kept():

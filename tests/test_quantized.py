@@ -1,6 +1,7 @@
 """Codes of a byte: of every number either neighbour, right in the mean; rows, scales and sizes."""
 
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from jax import numpy as jnp
 
 from optax_nadam import Quantized
-from optax_nadam._moments import kept_like, zero_m, zero_v
+from optax_nadam._moments import decoded, kept_like, zero_m, zero_v
 from optax_nadam._quantized import encoded
 from optax_nadam._rounding import Chance
 
@@ -94,14 +95,15 @@ def test_rows_of_zeros_are_zeros_and_what_is_not_finite_shows_in_its_row_alone(d
     ],
 )
 def test_a_scale_for_as_many_of_the_last_axes_as_hold_64_elements(shape, scales, rng):
-    m, v = zero_m(jnp.ones(shape), "int8"), zero_v(jnp.ones(shape), "int8")
+    m: Any = zero_m(jnp.ones(shape), "int8")
+    v: Any = zero_v(jnp.ones(shape), "int8")
     assert (m.codes.dtype, v.codes.dtype, m.scale.dtype) == (jnp.int8, jnp.uint8, jnp.bfloat16)
     assert m.codes.shape == v.codes.shape == shape
     assert m.scale.shape == v.scale.shape == scales
     assert sum(x.nbytes for x in jax.tree.leaves((m, v))) <= 2.07 * math.prod(shape)
 
     x = rng.normal(size=shape).astype(np.float32)
-    got = np.asarray(kept_like(jnp.asarray(x), m, CHANCE).decoded(jnp.float32))
+    got = np.asarray(decoded(kept_like(jnp.asarray(x), m, CHANCE), jnp.float32))
     row = np.max(np.abs(x), axis=tuple(range(len(scales), len(shape))), keepdims=True)
     assert np.all(np.abs(got - x) <= row * ((2 * np.sqrt(np.abs(x) / row) + 1 / 127) / 127 + 0.01))
 
@@ -116,6 +118,6 @@ def test_leaves_under_1024_elements_stay_float32(shape):
 def test_wide_and_complex_leaves():
     z, wide = jnp.ones((32, 64), jnp.complex64), jnp.ones((32, 64), jnp.float64)
     assert zero_m(z, "int8").dtype == jnp.complex64
-    assert zero_v(z, "int8").codes.dtype == jnp.uint8
-    assert zero_m(wide, "int8").codes.dtype == jnp.int8
+    codes = [x.dtype for x in (*jax.tree.leaves(zero_v(z, "int8")), *jax.tree.leaves(zero_m(wide, "int8")))]
+    assert codes == [jnp.uint8, jnp.bfloat16, jnp.int8, jnp.bfloat16]
     assert zero_m(wide[0], "int8").dtype == jnp.float64

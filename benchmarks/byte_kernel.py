@@ -1,0 +1,158 @@
+"""Would a kernel of its own serve moments in bytes better than what XLA makes of the step?
+
+The kernel is the library's own leaf update on a block of rows: one reading, one writing, in place.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax import lax
+from jax import numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+import optax_nadam
+from benchmarks import tpu_ahead_of_time as tpu
+from benchmarks._report import save
+from optax_nadam._moments import averaged
+from optax_nadam._nadam import direction
+from optax_nadam._quantized import Quantized
+from optax_nadam._rounding import _hashed
+from optax_nadam._rules import RULES, Coefficients, Hyperparameters, coefficients
+
+ROWS = 128  # of a block
+FIELDS = len(Coefficients._fields)
+NOTE = """\
+The whole step of `nadamw` on one leaf of 8192 x 8192. The kernel (Pallas) reads and writes everything once, in place:
+12 bytes in float32. But XLA cannot fuse it with the links that follow, so the update is written out and read again, and
+it cannot divide it over chips. XLA's own program reads gradients and codes twice and needs neither, so the library has
+no kernel."""
+
+
+class BlockChance(NamedTuple):
+    """The chance of a block of rows, as of the whole leaf."""
+
+    step: jax.Array
+    draw: int
+    first: jax.Array  # index of the block's first element
+
+    def bits(self, shape: tuple[int, ...]) -> jax.Array:
+        """16 random bits for each element."""
+        row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        index = (self.first + row * shape[1] + column).astype(jnp.uint32)
+        hashed = _hashed(index ^ _hashed(self.step.astype(jnp.uint32)))
+        return ((hashed >> 16) if self.draw else (hashed & 0xFFFF)).astype(jnp.int32)
+
+
+def kernel(step: Any, scalars: Any, g: Any, m: Any, m_scale: Any, v: Any, v_scale: Any, *results: Any) -> None:
+    """The leaf update on a block of rows; everything is a reference into memory."""
+    c = Coefficients(*(scalars[k] for k in range(FIELDS)))
+    first = pl.program_id(0) * math.prod(g.shape)
+    grad = g[...].astype(jnp.float32)
+    m_new, m_kept = averaged(_moment(m, m_scale), grad, c.m_weight, _chance(step, 0, first))
+    v_new, v_kept = averaged(_moment(v, v_scale), grad * grad, c.v_weight, _chance(step, 1, first))
+    u = direction(grad, m_new, v_new, c, 0.5).astype(g.dtype)
+    for to, x in zip(results, (u, *_with_column(m_kept), *_with_column(v_kept)), strict=True):
+        to[...] = x
+
+
+def _moment(codes: Any, scale: Any) -> Quantized:
+    return Quantized(codes[...], scale[...].reshape(-1))
+
+
+def _with_column(kept: Any) -> tuple[jax.Array, jax.Array]:
+    return kept.codes, kept.scale.reshape(-1, 1)
+
+
+def _chance(step: Any, draw: int, first: Any) -> Any:
+    return BlockChance(step[0], draw, first)
+
+
+def update_by_kernel(
+    g: jax.Array, m: Quantized, v: Quantized, c: Coefficients, step: jax.Array, interpret: bool = False
+) -> tuple[jax.Array, Quantized, Quantized]:
+    """One step of a leaf of two axes, by one kernel that takes the place of the moments."""
+    block, column = (pl.BlockSpec((ROWS, width), lambda i: (i, 0)) for width in (g.shape[1], 1))
+    scalar = pl.BlockSpec(memory_space=pltpu.SMEM)
+    leaves = [g, *_with_column(m), *_with_column(v)]
+    u, m_codes, m_scale, v_codes, v_scale = pl.pallas_call(
+        kernel,
+        grid=(g.shape[0] // ROWS,),
+        in_specs=[scalar, scalar, block, block, column, block, column],
+        out_specs=[block, block, column, block, column],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves],
+        input_output_aliases={3: 1, 4: 2, 5: 3, 6: 4},
+        interpret=interpret,
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=100 * 2**20),
+    )(step.reshape(1), jnp.stack([x.astype(jnp.float32) for x in c]), *leaves)
+    return u, Quantized(m_codes, m_scale[:, 0]), Quantized(v_codes, v_scale[:, 0])
+
+
+BYTES: Any = {"m_dtype": "int8", "v_dtype": "int8"}
+OURS = optax_nadam.scale_by_nadam(**BYTES)
+
+
+def scale_by_kernel(interpret: bool = False) -> optax.GradientTransformation:
+    """``scale_by_nadam`` with moments in bytes, a kernel a leaf."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        del params
+        count = optax.safe_increment(state.count)
+        h = Hyperparameters(0.9, 0.999, 1e-7, 0.0, 4e-3)
+        c, product = coefficients(RULES["scheduled"], count, state.mu_product, h)
+        step = functools.partial(update_by_kernel, c=c, step=count, interpret=interpret)
+        stepped = {name: step(g, state.m[name], state.v[name]) for name, g in updates.items()}
+        u, m, v = ({name: triple[k] for name, triple in stepped.items()} for k in range(3))
+        return u, state._replace(count=count, mu_product=product, m=m, v=v)
+
+    return optax.GradientTransformation(OURS.init, update)
+
+
+def rows() -> list[list[Any]]:
+    """XLA's program beside the kernel, alone and in a chain; and on sixteen chips."""
+    size = sum(map(math.prod, tpu.LARGE.values()))
+    results = []
+    for name, link in {"XLA": OURS, "kernel": scale_by_kernel()}.items():
+        whole = optax.chain(link, optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(1e-3))
+        for dtype in (jnp.float32, jnp.bfloat16):
+            compiled = tpu.compiled_step(whole, tpu.LARGE, 1, dtype)
+            results.append(
+                [
+                    name,
+                    jnp.dtype(dtype).name,
+                    f"{tpu.traffic(compiled) / size:.2f}",
+                    f"{compiled.memory_analysis().temp_size_in_bytes / size:.2f}",
+                    on_many(whole, dtype),
+                ]
+            )
+    return results
+
+
+def on_many(tx: Any, dtype: Any) -> str:
+    """What the compiler says to leaves split over sixteen chips."""
+    try:
+        compiled = tpu.compiled_step(tx, tpu.LARGE, 16, dtype)
+    except NotImplementedError as error:
+        return str(error)
+    return f"{sum(tpu.collectives(compiled).values())} collectives"
+
+
+def main() -> None:
+    """Compiles and reads, and runs nothing."""
+    save(
+        "byte_kernel",
+        "Would a kernel of its own serve moments in bytes better?",
+        ["update of a leaf by", "weights and gradients", "traffic a parameter", "temporaries", "on 16 chips"],
+        rows(),
+        NOTE,
+        backend="tpu",
+        hardware="compiled for TPU v5e, with none present",
+        packages=("libtpu",),
+    )
+
+
+if __name__ == "__main__":
+    main()
