@@ -20,12 +20,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 PYTEST = ["-m", "pytest", "--fail-on-skip"]
+SHARED = ["-n", "2", "--dist", "worksteal"]  # over two processes; "-n 0" passed on takes that back
+TIMM = ["-m", "pip", "install", "-q", "--no-deps", "timm==1.0.31"]  # it asks for torchvision; its optimizers do not
 ELSEWHERE = [*PYTEST, "-o", "addopts=--strict-markers --strict-config --import-mode=importlib -ra"]
 TASKS: dict[str, tuple[str, list[list[str]]]] = {
-    "tests": ("test", [PYTEST]),
+    "tests": ("test", [[*PYTEST, *SHARED]]),
     "example": ("examples", [["examples/train_digits.py"]]),
-    # timm asks for torchvision, which its optimizers do not need.
-    "parity": ("parity", [["-m", "pip", "install", "-q", "--no-deps", "timm==1.0.31"], [*ELSEWHERE, "tests/parity"]]),
+    "parity": ("parity", [TIMM, [*ELSEWHERE, *SHARED, "tests/parity"]]),
     "tpu": ("tpu", [[*ELSEWHERE, "tests/tpu"]]),
     "long": ("test", [[*PYTEST, "-m", "long or property", "--hypothesis-profile=long"]]),
     "docs": ("docs", [["-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-d", "build/doctrees", "docs", "site"]]),

@@ -21,8 +21,9 @@ def pytest_addoption(parser):
 
 def pytest_sessionfinish(session, exitstatus):
     """Fails the run for a skipped test where that was asked for."""
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if session.config.getoption("--fail-on-skip") and reporter.stats.get("skipped") and exitstatus == 0:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")  # None in a process that reports to another
+    asked = reporter and session.config.getoption("--fail-on-skip")
+    if asked and reporter.stats.get("skipped") and exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
