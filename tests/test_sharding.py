@@ -13,7 +13,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_nadam import nadam, nadamw
+from optax_nadam import compensated, nadam, nadamw
 from optax_nadam._rules import RULES
 
 COLLECTIVE = re.compile(r"= .*\b(all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
@@ -164,3 +164,27 @@ def test_replicas_under_shard_map_take_the_step_of_the_mean_gradient(rng, mean_o
         )
         got = jax.jit(replicas)(params, x, y)
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
+@in_axes
+@pytest.mark.parametrize("narrow", ["bfloat16", "int8"])
+def test_narrow_formats_lie_as_the_params_do_and_give_the_same_bits(axes, narrow, rng):
+    """Whatever is split, also rows of bytes: codes like the params, scales like the rows."""
+    tree = {name: rng.standard_normal((16, 64 * n)).astype(jnp.bfloat16) for n, name in enumerate(SPECS, start=1)}
+    tx = compensated(nadamw(1e-2, m_dtype=narrow, v_dtype=narrow))
+
+    def stepped(params):
+        return jax.jit(make_step(tx))(params, jax.jit(tx.init)(params), params)
+
+    expected = jax.device_get(stepped(jax.tree.map(jnp.asarray, tree)))
+    with mesh_of(axes) as mesh:
+        params, state = stepped(laid_out(tree, mesh))
+        moments = state.inner_state[0].m, state.inner_state[0].v
+        for kept in (params, state.remainder, *moments):
+            assert_laid_out({name: getattr(x, "codes", x) for name, x in kept.items()}, mesh)
+        if narrow == "int8":
+            for name, x in moments[0].items():
+                rows = NamedSharding(mesh, PartitionSpec(*SPECS[name][:1]))
+                assert x.scale.sharding.is_equivalent_to(rows, 1), (name, x.scale.sharding)
+        chex.assert_trees_all_equal(jax.device_get((params, state)), expected)
