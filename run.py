@@ -5,6 +5,7 @@
     python run.py parity      beside Keras, TensorFlow, PyTorch and timm
     python run.py tpu         compiled ahead of time for TPU; needs none
     python run.py docs        the site, into site/
+    python run.py release     builds wheel and sdist, installs them elsewhere and tries what they install
     python run.py long        what takes minutes: a million steps, thousands of random trees, the largest leaves
 
 Needs Python 3.11 or later and a package index, nothing else. What follows the task is passed on to it.
@@ -28,6 +29,7 @@ TASKS: dict[str, tuple[str, list[list[str]]]] = {
     "example": ("examples", [["examples/train_digits.py"]]),
     "parity": ("parity", [TIMM, [*ELSEWHERE, *SHARED, "tests/parity"]]),
     "tpu": ("tpu", [[*ELSEWHERE, "tests/tpu"]]),
+    "release": ("release", [[*ELSEWHERE, "tests/release"]]),
     "long": ("test", [[*PYTEST, "-m", "long or property", "--hypothesis-profile=long"]]),
     "docs": ("docs", [["-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-d", "build/doctrees", "docs", "site"]]),
     "checks": ("dev", [["-m", "ruff", "format", "--check"], ["-m", "ruff", "check"], ["-m", "mypy"]]),

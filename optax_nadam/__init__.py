@@ -13,3 +13,5 @@ from optax_nadam._quantized import Quantized as Quantized
 from optax_nadam._schedules import Schedule as Schedule
 
 from optax_nadam import compat as compat, diagnostics as diagnostics  # isort: skip  # they need the names above
+
+__version__ = "0.1.0"

@@ -49,9 +49,10 @@ def compensated(
 
     The update returned is float32 and such that ``optax.apply_updates`` makes the right bfloat16 weights of it. It must
     be applied as it is: wrap a whole optimizer, learning rate included; clipping, masks and ``optax.MultiSteps`` may
-    stand inside or around. Leaves that are not bfloat16 are left to the inner optimizer as they are. Where one step
-    takes a weight through zero to under a hundredth of what it was, adding in float32 may miss the bfloat16 number by
-    :math:`2^{-24}` of what the weight was; the next step goes on from where it landed.
+    stand inside or around (around and under ``lax.scan`` from Optax 0.2.8 on, whose accumulator keeps its dtype).
+    Leaves that are not bfloat16 are left to the inner optimizer as they are. Where one step takes a weight through zero
+    to under a hundredth of what it was, adding in float32 may miss the bfloat16 number by :math:`2^{-24}` of what the
+    weight was; the next step goes on from where it landed.
 
     Args:
       inner: any Optax optimizer.

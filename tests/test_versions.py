@@ -1,0 +1,24 @@
+"""The version stands in one place; what must repeat it says the same."""
+
+import re
+from pathlib import Path
+
+import optax_nadam
+
+ROOT = Path(__file__).parent.parent
+RELEASES = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+
+
+def test_the_newest_entry_of_the_changelog_is_of_this_version():
+    assert RELEASES[0][0] == optax_nadam.__version__
+    assert sorted(RELEASES, key=lambda entry: [*map(int, entry[0].split("."))], reverse=True) == RELEASES
+
+
+def test_the_citation_is_of_this_version_and_its_date():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert re.findall(r'^(?:version|date-released): "?([^"\n]*)', citation, re.M) == list(RELEASES[0])
+
+
+def test_every_release_has_recorded_a_state():
+    recorded = {path.stem.removeprefix("state-") for path in (ROOT / "tests" / "recordings").glob("state-*.npz")}
+    assert recorded == {version for version, _ in RELEASES}
