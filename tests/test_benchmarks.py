@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import _report, _rivals, byte_kernel, memory_formats, precision, step_time
+from benchmarks import _report, _rivals, byte_kernel, convergence, memory_formats, precision, step_time
 from benchmarks._rivals import Problem, Rival, Run
+from benchmarks.convergence import ADAM, DEFAULT, SGD, Runs, Study
 from benchmarks.step_time import FLAT, FOREACH, FUSED, GPT2, LOOPED, OPTAX, OURS, RESNET, SMALL, Outcome
 from optax_nadam import ScaleByNadamState, scale_by_nadam
 from tests.reference import RULES
@@ -351,3 +352,132 @@ def test_memory_formats_keep_what_they_say():
     assert kept["int8", "float32"] < 2.07
     assert kept["int8, compensated", "bfloat16"] < 3.07
     assert kept["int8, compensated by int16", "bfloat16"] < 4.07
+
+
+FEW = {name: convergence.OPTIMIZERS[name] for name in (DEFAULT, "constant", ADAM, SGD)}
+
+
+@pytest.fixture
+def brief(monkeypatch, tmp_path):
+    """A folder for results, one task, few optimizers, and losses that are drawn, not trained for."""
+    rng = np.random.default_rng(0)
+
+    def program(task, optimizers):
+        def run(rates, seeds):
+            assert rates.shape == (len(optimizers), len(seeds)) == (len(FEW), convergence.SEEDS)
+            return Runs(rng.random((*rates.shape, task.steps)), rng.random(rates.shape), rng.random(rates.shape))
+
+        return run
+
+    monkeypatch.setattr(convergence, "program", program)
+    monkeypatch.setattr(convergence, "studies", lambda: [Study(convergence.diabetes(), 1e-2, 1e-3)])
+    monkeypatch.setattr(convergence, "OPTIMIZERS", FEW)
+    monkeypatch.setattr(convergence, "PICTURE", tmp_path / "img" / "convergence.png")
+    monkeypatch.setattr(_report, "__file__", str(tmp_path / "_report.py"))
+    monkeypatch.setattr(_report, "RESULTS", tmp_path / "results")
+    return tmp_path
+
+
+def trained_alone(task, make, rate, seed):
+    """The loss of each batch, and of all when it is done."""
+    tx = make(optax.warmup_cosine_decay_schedule(0.0, rate, 1, task.steps))
+    weights, order = jax.random.split(jax.random.key(seed))
+    params, losses = task.init(weights), []
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, index):
+        loss, grads = jax.value_and_grad(task.loss)(params, task.draw(jax.random.fold_in(order, index)))
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    for index in range(task.steps):
+        params, state, loss = step(params, state, index)
+        losses.append(loss)
+    return losses, task.loss(params, task.train), task.loss(params, task.held_out)
+
+
+def test_optimizers_that_step_together_go_the_way_each_goes_alone():
+    task = convergence.diabetes()._replace(steps=4)
+    rates, seeds = np.array([[0.01, 0.1], [0.02, 0.2]]), np.array([3, 5])
+    makers = [convergence.OPTIMIZERS[name] for name in (ADAM, convergence.NADAMW)]
+    together = convergence.program(task, makers)(rates, seeds)
+    for i, j in ((0, 0), (1, 1)):
+        alone = trained_alone(task, makers[i], rates[i, j], seeds[j])
+        for found, expected in zip(together, alone, strict=True):
+            np.testing.assert_allclose(found[i, j], expected, rtol=1e-5)
+
+
+def test_the_same_seeds_give_the_same_runs():
+    task = convergence.diabetes()._replace(steps=4)
+    runs = (convergence.program(task, [FEW[DEFAULT]]) for _ in range(2))
+    first, second = (run(np.full((1, 2), 0.1), np.arange(2)) for run in runs)
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+    assert np.all(first.train[:, 0] != first.train[:, 1])
+
+
+def test_the_rate_with_the_lowest_mean_loss_of_seeds_of_its_own_is_chosen():
+    study, asked = Study(convergence.diabetes(), 1.0, 0.5), []
+    best = dict(zip(convergence.OPTIMIZERS, range(10), strict=True))
+
+    def run(rates, seeds):
+        asked.extend(seeds)
+        places = np.round(np.log2(rates / rates[:, :1]))
+        losses = np.abs(places - np.array([min(5, i) for i in best.values()])[:, None])
+        return Runs(np.array([]), np.where(places == 0, np.nan, losses), np.array([]))
+
+    assert convergence.tuned(study, run).tolist() == [1, 1, 2, 3, 4, 5, 5, 5, 5, 5]
+    assert not set(asked) & set(range(convergence.SEEDS))
+    assert study.grid(SGD).tolist() == [0.5, 1, 2, 4, 8, 16]
+    assert [convergence.rate_in_words(study.grid(ADAM), i) for i in (0, 1, 4, 5)] == [
+        "1 (edge of the grid)",
+        "2",
+        "16",
+        "32 (edge of the grid)",
+    ]
+
+
+def test_a_difference_counts_from_three_standard_errors_on():
+    others, noise = np.arange(4.0), np.array([-1.0, 1.0, -1.0, 1.0])  # of standard error 3 ** -0.5
+    assert convergence.difference(others, others) == ""
+    assert convergence.difference(others + noise + 1.7, others) == "+1.7000 ± 0.5774, no difference"
+    assert convergence.difference(others + noise + 1.8, others) == "+1.8000 ± 0.5774, higher"
+    assert convergence.difference(others + noise - 1.8, others) == "-1.8000 ± 0.5774, lower"
+
+
+def test_those_with_weight_decay_are_compared_with_each_other():
+    assert convergence.compared_with("constant") == (ADAM, DEFAULT)
+    assert convergence.compared_with(convergence.NADAMW) == (convergence.ADAMW, convergence.NADAMW)
+
+
+def test_the_loss_at_a_share_of_a_run_is_the_mean_over_the_tenth_before():
+    assert convergence.loss_of_batches(np.arange(200.0), 0.25) == np.mean(range(30, 50))
+    assert convergence.median_and_quartiles(np.arange(5.0)) == "2.0000 (1.0000 to 3.0000)"
+
+
+def test_batches_of_the_tasks():
+    shapes = {}
+    for study in convergence.studies():
+        x, y = jax.eval_shape(study.task.draw, jax.random.key(0))
+        assert len(x) == len(y)
+        shapes[study.task.name] = x.shape, study.task.train[0].shape, study.task.held_out[0].shape
+    assert shapes == {
+        "language model": ((8, 32), (256, 32), (256, 32)),
+        "digits": ((32, 8, 8, 1), (1347, 8, 8, 1), (450, 8, 8, 1)),
+        "diabetes": ((32, 10), (331, 10), (111, 10)),
+    }
+
+
+def test_convergence_is_written_down_and_drawn(brief):
+    convergence.main([])
+    result = json.loads((brief / "results" / "convergence-cpu.json").read_text())
+    assert [row[:2] for row in result["rows"]] == [["diabetes", name] for name in FEW]
+    assert all(len(row) == len(result["columns"]) for row in result["rows"])
+    assert "scikit-learn" in result["versions"]
+    assert (brief / "img" / "convergence.png").stat().st_size > 10_000
+
+
+def test_a_quick_run_of_convergence_writes_nothing(brief, capsys):
+    convergence.main(["--quick"])
+    assert list(brief.iterdir()) == []
+    assert "diabetes" in capsys.readouterr().out

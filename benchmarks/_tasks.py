@@ -1,0 +1,182 @@
+"""Two small tasks on real data that train to convergence in seconds: a language model, and a network for digits."""
+
+import math
+from collections.abc import Callable
+from pydoc_data.topics import topics
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax import numpy as jnp
+from jax.typing import ArrayLike
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+WIDTH, HEADS, LAYERS, CONTEXT = 64, 4, 2, 32
+SMOOTHING = 0.1  # of the labels of the digits: else the loss would go to zero, and the faster the higher the rate
+MEASURED = 1024  # windows of each part of the text that the loss is taken over when all is done
+
+Params = Any
+Batch = tuple[jax.Array, jax.Array]  # what goes in, and the right answers
+
+
+class Task(NamedTuple):
+    """Something to learn.
+
+    Attributes:
+      name: what the tables call it.
+      steps: of a run; the learning rate rises for a tenth of them and falls to zero on a cosine.
+      peak: the learning rate at its highest.
+      init: makes weights of a key.
+      loss: mean cross-entropy of weights on a batch, in nats.
+      draw: makes a batch of a key.
+      train: what is learnt from, or a fixed and large part of it.
+      held_out: the like that is not learnt from.
+      floor: what no weights could get the loss below.
+    """
+
+    name: str
+    steps: int
+    peak: float
+    init: Callable[[jax.Array], Params]
+    loss: Callable[[Params, Batch], jax.Array]
+    draw: Callable[[jax.Array], Batch]
+    train: Batch
+    held_out: Batch
+    floor: float
+
+
+def language_model() -> Task:
+    """A transformer over bytes that reads the help texts of Python itself, the last tenth of them held out."""
+    text = np.frombuffer("\n".join(topics[name] for name in sorted(topics)).encode(), np.uint8)
+    alphabet, codes = np.unique(text, return_inverse=True)
+    seen, held_out = np.split(codes.astype(np.int32), [9 * len(codes) // 10])
+    learnt = jnp.asarray(seen)
+
+    def draw(key: jax.Array) -> Batch:
+        return _windows(learnt, jax.random.randint(key, (16,), 0, len(learnt) - CONTEXT))
+
+    return Task(
+        name="language model",
+        steps=1000,
+        peak=8e-3,
+        init=lambda key: _transformer(key, len(alphabet)),
+        loss=_surprise,
+        draw=draw,
+        train=_spread(learnt),
+        held_out=_spread(jnp.asarray(held_out)),
+        floor=0.0,
+    )
+
+
+def digits() -> Task:
+    """The network of ``examples/train_digits.py`` on the same digits."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).reshape(-1, 8, 8, 1).astype(np.float32)
+    parts = train_test_split(images, labels.astype(np.int32), test_size=0.25, stratify=labels, random_state=0)
+    x, x_held_out, y, y_held_out = map(jnp.asarray, parts)
+
+    def draw(key: jax.Array) -> Batch:
+        drawn = jax.random.choice(key, len(x), (64,), replace=False)
+        return x[drawn], y[drawn]
+
+    return Task(
+        name="digits",
+        steps=600,
+        peak=4e-3,
+        init=_convolutions,
+        loss=lambda params, batch: optax.softmax_cross_entropy(_digit(params, batch[0]), _smooth(batch[1])).mean(),
+        draw=draw,
+        train=(x, y),
+        held_out=(x_held_out, y_held_out),
+        floor=float(optax.softmax_cross_entropy(jnp.log(_smooth(0)), _smooth(0))),
+    )
+
+
+def _surprise(params: Params, batch: Batch) -> jax.Array:
+    text, following = batch
+    return optax.softmax_cross_entropy_with_integer_labels(_next_byte(params, text), following).mean()
+
+
+def _smooth(labels: ArrayLike) -> jax.Array:
+    return optax.smooth_labels(jax.nn.one_hot(labels, 10), SMOOTHING)
+
+
+def _windows(text: jax.Array, starts: jax.Array) -> Batch:
+    """Pieces of a text, and what follows each of their bytes."""
+    pieces = text[starts[:, None] + jnp.arange(CONTEXT + 1)]
+    return pieces[:, :-1], pieces[:, 1:]
+
+
+def _spread(text: jax.Array) -> Batch:
+    """Windows evenly spread over a text."""
+    return _windows(text, jnp.asarray(np.linspace(0, len(text) - CONTEXT - 1, MEASURED).astype(np.int32)))
+
+
+def _normal(key: jax.Array, shape: tuple[int, ...], gain: float = 1.0) -> jax.Array:
+    """Weights that keep the variance of their input, times a gain."""
+    return gain * math.prod(shape[:-1]) ** -0.5 * jax.random.normal(key, shape)
+
+
+def _transformer(key: jax.Array, letters: int) -> Params:
+    def block(key: jax.Array) -> Params:
+        mix, out, up, down = jax.random.split(key, 4)
+        return {
+            "mix": _normal(mix, (WIDTH, 3 * WIDTH)),
+            "out": _normal(out, (WIDTH, WIDTH), 0.5),
+            "up": _normal(up, (WIDTH, 4 * WIDTH)),
+            "down": _normal(down, (4 * WIDTH, WIDTH), 0.5),
+            "gains": jnp.ones((2, WIDTH)),
+        }
+
+    embed, place, head, *blocks = jax.random.split(key, 3 + LAYERS)
+    return {
+        "embed": _normal(embed, (letters, WIDTH)),
+        "place": _normal(place, (CONTEXT, WIDTH), 0.5),
+        "blocks": [block(key) for key in blocks],
+        "gain": jnp.ones(WIDTH),
+        "head": _normal(head, (WIDTH, letters)),
+    }
+
+
+def _next_byte(params: Params, x: jax.Array) -> jax.Array:
+    """Logits for the byte after each."""
+    h = params["embed"][x] + params["place"]
+    for block in params["blocks"]:
+        h = h + _attention(_scaled(h, block["gains"][0]) @ block["mix"]) @ block["out"]
+        h = h + jax.nn.relu(_scaled(h, block["gains"][1]) @ block["up"]) @ block["down"]
+    return _scaled(h, params["gain"]) @ params["head"]
+
+
+def _attention(mixed: jax.Array) -> jax.Array:
+    query, key, value = (x.reshape(*x.shape[:2], HEADS, -1) for x in jnp.split(mixed, 3, axis=-1))
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True).reshape(*mixed.shape[:2], -1)
+
+
+def _scaled(h: jax.Array, gain: jax.Array) -> jax.Array:
+    """RMS normalization."""
+    return gain * h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def _convolutions(key: jax.Array) -> Params:
+    first, second, last = jax.random.split(key, 3)
+    return {
+        "first": {"w": _normal(first, (3, 3, 1, 16)), "b": jnp.zeros(16)},
+        "second": {"w": _normal(second, (3, 3, 16, 32)), "b": jnp.zeros(32)},
+        "last": {"w": _normal(last, (4 * 4 * 32, 10)), "b": jnp.zeros(10)},
+    }
+
+
+def _digit(params: Params, images: jax.Array) -> jax.Array:
+    """Logits for the ten digits."""
+    h = jax.nn.relu(_convolved(images, params["first"]))
+    h = jax.nn.relu(_convolved(h, params["second"])).reshape(len(images), 4, 2, 4, 2, -1).max((2, 4))
+    return h.reshape(len(images), -1) @ params["last"]["w"] + params["last"]["b"]
+
+
+def _convolved(x: jax.Array, layer: Params) -> jax.Array:
+    """Convolution as one product of matrices: XLA:CPU takes nine times as long over its own inside a loop."""
+    padded, size = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), x.shape[1]
+    patches = [padded[:, i : i + size, j : j + size] for i in range(3) for j in range(3)]
+    return jnp.concatenate(patches, axis=-1) @ layer["w"].reshape(-1, layer["w"].shape[-1]) + layer["b"]
