@@ -437,6 +437,25 @@ def test_the_rate_with_the_lowest_mean_loss_of_seeds_of_its_own_is_chosen():
     ]
 
 
+def test_finer_rates_are_half_a_step_away_and_the_best_of_them_counts():
+    study, few = Study(convergence.diabetes(), 1.0, 0.5), convergence.FEWER
+    chosen = np.arange(len(convergence.OPTIMIZERS)) % 6
+
+    def run(rates, seeds):
+        assert seeds.tolist() == [*range(few), *range(few)]
+        return Runs(np.array([]), rates, np.array([]))
+
+    beside = convergence.between(study, run, chosen).train
+    rates = convergence.rates_of(study, chosen)
+    assert rates[:3, 0].tolist() == [1, 2, 4]
+    np.testing.assert_allclose(beside[:, :few] ** 2, rates**2 / 2 + np.zeros(few))
+    np.testing.assert_allclose(beside[:, few:] ** 2, 2 * rates**2 + np.zeros(few))
+
+    train = np.repeat([[2.0], [2.0], [2.0]], convergence.SEEDS, axis=1)
+    beside = np.repeat([[1.0, 3.0], [3.0, np.nan], [3.0, 1.5]], few, axis=1)
+    assert convergence.refined(train, beside).tolist() == [[1.0] * few, [2.0] * few, [1.5] * few]
+
+
 def test_a_difference_counts_from_three_standard_errors_on():
     others, noise = np.arange(4.0), np.array([-1.0, 1.0, -1.0, 1.0])  # of standard error 3 ** -0.5
     assert convergence.difference(others, others) == ""
