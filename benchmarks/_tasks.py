@@ -84,7 +84,7 @@ def digits() -> Task:
     return Task(
         name="digits",
         steps=600,
-        peak=4e-3,
+        peak=16e-3,
         init=_convolutions,
         loss=lambda params, batch: optax.softmax_cross_entropy(_digit(params, batch[0]), _smooth(batch[1])).mean(),
         draw=draw,

@@ -474,17 +474,22 @@ def test_the_loss_at_a_share_of_a_run_is_the_mean_over_the_tenth_before():
     assert convergence.median_and_quartiles(np.arange(5.0)) == "2.0000 (1.0000 to 3.0000)"
 
 
-def test_batches_of_the_tasks():
-    shapes = {}
-    for study in convergence.studies():
-        x, y = jax.eval_shape(study.task.draw, jax.random.key(0))
+def test_the_tasks_are_those_that_the_page_describes():
+    shapes, sizes, steps, floors = {}, {}, {}, {}
+    for task, *_ in convergence.studies():
+        x, y = jax.eval_shape(task.draw, jax.random.key(0))
         assert len(x) == len(y)
-        shapes[study.task.name] = x.shape, study.task.train[0].shape, study.task.held_out[0].shape
+        shapes[task.name] = x.shape, task.train[0].shape, task.held_out[0].shape
+        sizes[task.name] = sum(w.size for w in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
+        steps[task.name], floors[task.name] = task.steps, round(task.floor, 1)
     assert shapes == {
         "language model": ((8, 32), (256, 32), (256, 32)),
         "digits": ((32, 8, 8, 1), (1347, 8, 8, 1), (450, 8, 8, 1)),
         "diabetes": ((32, 10), (331, 10), (111, 10)),
     }
+    assert sizes == {"language model": 114_368, "digits": 9_930, "diabetes": 193}
+    assert steps == {"language model": 200, "digits": 200, "diabetes": 600}
+    assert floors == {"language model": 0, "digits": 0.5, "diabetes": 0}
 
 
 def test_convergence_is_written_down_and_drawn(brief):

@@ -1,7 +1,8 @@
-"""The code of the pages runs, the reference lists all that is public, the curves are those of the formulas."""
+"""The code of the pages runs, the reference lists all that is public, curves and figures have a source."""
 
 import doctest
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -120,3 +121,29 @@ def test_curves_of_the_lengths():
             assert (t[0], t[-1]) == (1, plots.STEPS)
             np.testing.assert_array_equal(lengths, plots.step_lengths(noise, **dialect)[t - 1])
     plt.close("all")
+
+
+EVIDENCE = (DOCS / "evidence.md").read_text()
+MEASURED = json.loads((DOCS.parent / "benchmarks" / "results" / "convergence-cpu.json").read_text())
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("task", sorted({row[0] for row in MEASURED["rows"]}))
+def test_a_table_of_the_evidence_is_what_the_benchmark_found(task):
+    (table,) = re.findall(rf"^### {task}$.*?((?:^\|[^\n]*\n)+)", EVIDENCE, re.DOTALL | re.MULTILINE | re.IGNORECASE)
+    columns, _, *rows = map(cells, table.splitlines())
+    places = [MEASURED["columns"].index(column) for column in columns]
+    assert rows == [[row[place] for place in places] for row in MEASURED["rows"] if row[0] == task]
+
+
+def test_differences_named_in_the_evidence_were_measured():
+    named = set(re.findall(r"[-+][\d.]+ ± [\d.]+\d", " ".join(EVIDENCE.split())))
+    assert len(named) > 50
+    assert named <= {cell.rpartition(",")[0] for row in MEASURED["rows"] for cell in row}
+
+
+def test_no_learning_rate_of_the_evidence_was_at_the_edge_of_its_grid():
+    assert "edge" not in json.dumps(MEASURED["rows"])
