@@ -169,10 +169,17 @@ def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, ch
 
 
 def _left_over(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
-    """What the nearest bfloat16 lacks to the target."""
+    """What the nearest bfloat16 lacks to the target; nothing where adding in float32 does not reach that.
+
+    There it is nothing anyway. But asked for, XLA makes one pass of the step for TPU, and else of some three.
+    """
     if not _is_bfloat16(p):
         return remainder
-    return ((_bits(target) - _bits(_nearest(target))) >> _dropped_bits(remainder)).astype(remainder.dtype)
+    nearest, now = _nearest(target), p.astype(jnp.float32)
+    # A cast to bfloat16 and back would be deleted under jit.
+    reached = lax.reduce_precision(now + (nearest - now), exponent_bits=8, mantissa_bits=7)
+    lacking = (_bits(target) - _bits(nearest)) >> _dropped_bits(remainder)
+    return jnp.where(reached == nearest, lacking, 0).astype(remainder.dtype)
 
 
 def _to_apply(p: jax.Array, target: jax.Array, remainder: Any, step: jax.Array) -> jax.Array:
