@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,10 +19,15 @@ PACKAGES = ("optax_nadam", "jax", "jaxlib", "optax", "numpy")
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call, all calls taking turns; each must block until its result is there."""
+    """Seconds of each call, all calls taking turns; each must block until its result is there.
+
+    The turns are in an order of chance, anew in each round: what a call leaves behind, in caches and in the
+    allocator, then does not always fall on the same one.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    chance = random.Random(0)
     for repeat in range(warmup + repeats):
-        for name, call in calls.items():
+        for name, call in chance.sample(list(calls.items()), len(calls)):
             started = time.perf_counter()
             call()
             if repeat >= warmup:
