@@ -67,7 +67,7 @@ def language_model(activation: Activation = jax.nn.relu) -> Task:
 
     return Task(
         name="language model",
-        steps=500,
+        steps=1000,
         peak=8e-3,
         init=lambda key: _transformer(key, len(alphabet)),
         loss=loss,
