@@ -3,7 +3,7 @@
     python run.py tests
     python run.py example
     python run.py parity      beside Keras, TensorFlow, PyTorch and timm
-    python run.py tpu         compiled ahead of time for TPU; needs none
+    python run.py aot         compiled ahead of time for TPU and GPU; needs neither
     python run.py docs        the site, into site/
     python run.py release     builds wheel and sdist, installs them elsewhere and tries what they install
     python run.py long        what takes minutes: a million steps, thousands of random trees, the largest leaves
@@ -28,7 +28,7 @@ TASKS: dict[str, tuple[str, list[list[str]]]] = {
     "tests": ("test", [[*PYTEST, *SHARED]]),
     "example": ("examples", [["examples/train_digits.py"]]),
     "parity": ("parity", [TIMM, [*ELSEWHERE, *SHARED, "tests/parity"]]),
-    "tpu": ("tpu", [[*ELSEWHERE, "tests/tpu"]]),
+    "aot": ("aot", [[*ELSEWHERE, *SHARED, "tests/ahead_of_time"]]),
     "release": ("release", [[*ELSEWHERE, "tests/release"]]),
     "long": ("test", [[*PYTEST, "-m", "long or property", "--hypothesis-profile=long"]]),
     "docs": ("docs", [["-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-d", "build/doctrees", "docs", "site"]]),
@@ -58,8 +58,8 @@ def main() -> int:
     arguments, passed_on = parser.parse_known_args()
     extra, commands = TASKS[arguments.task]
     folder = arguments.venv.resolve()
-    if extra == "tpu":  # libtpu stays out of the environment of everything else
-        folder = folder.with_name(f"{folder.name}-tpu")
+    if extra == "aot":  # compilers for what is not here stay out of the environment of everything else
+        folder = folder.with_name(f"{folder.name}-aot")
     python = environment(folder, extra, arguments.constraints.resolve())
     *before, last = commands
     codes = [subprocess.run([python, *command], cwd=ROOT).returncode for command in before]

@@ -15,8 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import optax_nadam
-from benchmarks import tpu_ahead_of_time as tpu
-from benchmarks._report import save
+from benchmarks.ahead_of_time import LARGE, collectives, compiled_step, mesh_of, save_compiled, traffic
 from optax_nadam._moments import averaged
 from optax_nadam._nadam import direction
 from optax_nadam._quantized import Quantized
@@ -113,17 +112,17 @@ def scale_by_kernel(interpret: bool = False) -> optax.GradientTransformation:
 
 def rows() -> list[list[Any]]:
     """XLA's program beside the kernel, alone and in a chain; and on sixteen chips."""
-    size = sum(map(math.prod, tpu.LARGE.values()))
+    size = sum(map(math.prod, LARGE.values()))
     results = []
     for name, link in {"XLA": OURS, "kernel": scale_by_kernel()}.items():
         whole = optax.chain(link, optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(1e-3))
         for dtype in (jnp.float32, jnp.bfloat16):
-            compiled = tpu.compiled_step(whole, tpu.LARGE, 1, dtype)
+            compiled = compiled_step(whole, LARGE, mesh_of("tpu", 1), dtype)
             results.append(
                 [
                     name,
                     jnp.dtype(dtype).name,
-                    f"{tpu.traffic(compiled) / size:.2f}",
+                    f"{traffic(compiled) / size:.2f}",
                     f"{compiled.memory_analysis().temp_size_in_bytes / size:.2f}",
                     on_many(whole, dtype),
                 ]
@@ -134,23 +133,21 @@ def rows() -> list[list[Any]]:
 def on_many(tx: Any, dtype: Any) -> str:
     """What the compiler says to leaves split over sixteen chips."""
     try:
-        compiled = tpu.compiled_step(tx, tpu.LARGE, 16, dtype)
+        compiled = compiled_step(tx, LARGE, mesh_of("tpu", 16), dtype)
     except NotImplementedError as error:
         return str(error)
-    return f"{sum(tpu.collectives(compiled).values())} collectives"
+    return f"{sum(collectives(compiled).values())} collectives"
 
 
 def main() -> None:
     """Compiles and reads, and runs nothing."""
-    save(
+    save_compiled(
         "byte_kernel",
         "Would a kernel of its own serve moments in bytes better?",
         ["update of a leaf by", "weights and gradients", "traffic a parameter", "temporaries", "on 16 chips"],
         rows(),
         NOTE,
-        backend="tpu",
-        hardware="compiled for TPU v5e, with none present",
-        packages=("libtpu",),
+        "tpu",
     )
 
 

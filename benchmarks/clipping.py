@@ -1,6 +1,5 @@
 """What does clipping by the global norm add to a step, and can it do without temporaries?"""
 
-import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike
 
 import optax_nadam
+from benchmarks import ahead_of_time as aot
 from benchmarks._report import interleaved, median_and_spread, milliseconds, save
 from benchmarks.step_time import gpt2_small
 from benchmarks.tracing import whole_step
@@ -93,38 +93,36 @@ def measured(shapes: Sequence[tuple[int, ...]], repeats: int) -> Iterator[list[A
         ]
 
 
-def compiled_for_tpu() -> Iterator[list[Any]]:
+def compiled_for(target: str) -> Iterator[list[Any]]:
     """Traffic, kernels and temporaries of every chain, compiled ahead of time."""
-    from benchmarks import tpu_ahead_of_time as tpu
-
-    for arrays, shapes in {"8192 x 8192": tpu.LARGE, "GPT-2 small": tpu.GPT2}.items():
+    mesh = aot.mesh_of(target, 1)
+    for arrays, shapes in {"8192 x 8192": aot.LARGE, "GPT-2 small": aot.GPT2}.items():
         size = sum(map(math.prod, shapes.values()))
         for link, name, tx in chains():
-            compiled = tpu.compiled_step(tx, shapes, chips=1)
+            compiled = aot.compiled_step(tx, shapes, mesh)
             yield [
                 link,
                 name,
                 arrays,
-                f"{tpu.traffic(compiled) / size:.2f}",
-                ", ".join(f"{count / len(shapes):g} {kind}" for kind, count in tpu.kernels(compiled).items()),
+                f"{aot.traffic(compiled) / size:.2f}",
+                ", ".join(f"{count / len(shapes):g} {kind}" for kind, count in aot.kernels(compiled).items()),
                 f"{compiled.memory_analysis().temp_size_in_bytes / size:.3f}",
             ]
 
 
 def main() -> None:
-    """Compiles for TPU where the extra ``tpu`` is installed, and measures this machine elsewhere."""
-    if importlib.util.find_spec("libtpu"):
-        save(
+    """Compiles for TPU and GPU where the extra ``aot`` is installed, and measures this machine elsewhere."""
+    for target in aot.TARGETS if aot.installed() else ():
+        aot.save_compiled(
             "clipping",
-            "What does clipping by the global norm add to a step on a TPU?",
+            f"What does clipping by the global norm add to a step on a {target.upper()}?",
             [*COLUMNS, "arrays", "traffic a parameter", "kernels a leaf", "temporaries a parameter, bytes"],
-            list(compiled_for_tpu()),
-            "Compiled ahead of time, not run; needs the extra `tpu`. The norm is one more reading of the gradients, one"
+            list(compiled_for(target)),
+            "Compiled ahead of time, not run; needs the extra `aot`. The norm is one more reading of the gradients, one"
             " more fusion a leaf; either way of clipping is fused into the update.",
-            backend="tpu",
-            hardware="compiled for TPU v5e, with none present",
-            packages=("libtpu",),
+            target,
         )
+    if aot.installed():
         return
     save(
         "clipping",

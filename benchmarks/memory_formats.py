@@ -1,7 +1,6 @@
 """What do the formats of moments and weights take: memory, traffic, time?"""
 
 import argparse
-import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 import optax_nadam
+from benchmarks import ahead_of_time as aot
 from benchmarks._report import interleaved, median_and_spread, milliseconds, save
 from benchmarks.step_time import gpt2_small
 from benchmarks.tracing import whole_step
@@ -50,14 +50,16 @@ COLUMNS = ["moments", "weights and gradients"]
 NOTE = """\
 The shapes of GPT-2 small, the whole step of `nadamw`, params and state donated. The state is all arrays that the
 optimizer keeps; XLA's bytes and temporaries are of the program for the CPU, which makes a kernel for each result and
-reckons the codes anew for each. `optax.nadamw` in bfloat16 rounds moments and weights to the nearest; compensated
-weights keep 24 bits, or all of float32's 32 with int16."""
-TPU_NOTE = """\
+reckons the codes anew for each: hence the time of bytes. Ratios are to float32 in the same rounds; the first row is
+that very program, so what it is off one is noise. `optax.nadamw` in bfloat16 rounds moments and weights to the nearest;
+compensated weights keep 24 bits, or all of float32's 32 with int16."""
+COMPILED_NOTE = """\
 One leaf of 8192 x 8192, one chip, the whole step of `nadamw`, compiled ahead of time and not run; needs the extra
-`tpu`. Traffic is what passes between the chip and its memory. A format whose weights and gradients are bfloat16
+`aot`. Traffic is what passes between the chip and its memory. A format whose weights and gradients are bfloat16
 reads and writes 6 bytes for them, float32 ones 12. The scales of bytes need one more reading of gradients and codes:
-6 bytes, or 4. As one kernel a leaf, in place of an XLA fusion, the same step would read and write 12 bytes, and 12
-more for what follows it in the chain, which XLA cannot fuse with it: 24."""
+6 bytes, or 4; fusions that work on the scales alone are counted too. As one kernel a leaf, in place of an XLA fusion,
+the same step would read and write 12 bytes, and 12 more for what follows it in the chain, which XLA cannot fuse with
+it: 24 (`byte_kernel`)."""
 
 
 def arrays(shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> list[jax.Array]:
@@ -103,13 +105,11 @@ def measured(shapes: Sequence[tuple[int, ...]], repeats: int) -> Iterator[list[A
             ]
 
 
-def compiled_for_tpu() -> Iterator[list[Any]]:
+def compiled_for(target: str) -> Iterator[list[Any]]:
     """Traffic, kernels and temporaries of every format, compiled ahead of time."""
-    from benchmarks import tpu_ahead_of_time as tpu
-
-    size = sum(map(math.prod, tpu.LARGE.values()))
+    size = sum(map(math.prod, aot.LARGE.values()))
     for name, weights, tx in FORMATS:
-        compiled = tpu.compiled_step(tx, tpu.LARGE, 1, weights)
+        compiled = aot.compiled_step(tx, aot.LARGE, aot.mesh_of(target, 1), weights)
         memory = compiled.memory_analysis()
         gradients_and_weights = 2 * jnp.dtype(weights).itemsize
         yield [
@@ -117,27 +117,26 @@ def compiled_for_tpu() -> Iterator[list[Any]]:
             jnp.dtype(weights).name,
             f"{memory.argument_size_in_bytes / size - gradients_and_weights:.3f}",
             f"{memory.temp_size_in_bytes / size:.3f}",
-            f"{tpu.traffic(compiled) / size:.2f}",
-            tpu.kernels(compiled)["fusion"],
+            f"{aot.traffic(compiled) / size:.2f}",
+            aot.kernels(compiled)["fusion"],
         ]
 
 
 def main() -> None:
-    """Compiles for TPU where the extra ``tpu`` is installed, and measures this machine elsewhere."""
+    """Compiles for TPU and GPU where the extra ``aot`` is installed, and measures this machine elsewhere."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small leaves, few steps; saves nothing")
     quick = parser.parse_args().quick
-    if importlib.util.find_spec("libtpu"):
-        save(
+    for target in aot.TARGETS if aot.installed() else ():
+        aot.save_compiled(
             "memory_formats",
-            "What do the formats of moments and weights take on a TPU?",
+            f"What do the formats of moments and weights take on a {target.upper()}?",
             [*COLUMNS, "state, bytes a parameter", "temporaries", "traffic a parameter", "fusions"],
-            list(compiled_for_tpu()),
-            TPU_NOTE,
-            backend="tpu",
-            hardware="compiled for TPU v5e, with none present",
-            packages=("libtpu",),
+            list(compiled_for(target)),
+            COMPILED_NOTE,
+            target,
         )
+    if aot.installed():
         return
     rows = list(measured([(64, 64), (2048,)] if quick else gpt2_small(), repeats=3 if quick else 11))
     if quick:

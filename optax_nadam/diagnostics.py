@@ -35,7 +35,7 @@ def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None
     ================== =============================================================================================
 
     the last two only with gradients. In a compiled step they take one more reading of the moments and the gradients on
-    a TPU, several on a CPU: call it in the steps that are logged.
+    a TPU or one GPU, up to two on many GPUs, several on a CPU: call it in the steps that are logged.
 
     Args:
       opt_state: a state that ``update`` returned, with one :class:`optax_nadam.ScaleByNadamState` in it, at any depth.

@@ -334,7 +334,7 @@ def test_precision_of_a_run_and_of_one_update(rule):
 
 
 def test_the_kernel_for_moments_in_bytes_makes_the_bits_of_the_library(rng):
-    """Interpreted, on two blocks of rows; compiled, it is one of tests/tpu."""
+    """Interpreted, on two blocks of rows; compiled, it is one of tests/ahead_of_time."""
     params = {"w": np.asarray(rng.normal(size=(256, 192)), np.float32)}
     ours, by_kernel = (jax.jit(tx.update) for tx in (byte_kernel.OURS, byte_kernel.scale_by_kernel(interpret=True)))
     results = {}

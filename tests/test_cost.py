@@ -7,8 +7,8 @@ import optax
 import pytest
 from jax import numpy as jnp
 
+from benchmarks.ahead_of_time import in_place, kernels
 from benchmarks.clipping import CLIP, FACTOR, LINKS, compiled_step
-from benchmarks.tpu_ahead_of_time import in_place, kernels
 from benchmarks.tracing import equations_a_leaf, five_steps, leaves, sweep, whole_step
 from optax_nadam import _nadam, _rules, nadam, nadamw, scale_by_nadam
 from tests.reference import RULES

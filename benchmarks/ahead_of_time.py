@@ -1,7 +1,8 @@
-"""What does the compiler for TPU make of a step? It needs no TPU, only what the extra ``tpu`` brings."""
+"""What do the compilers for TPU and GPU make of a step? They need neither, only what the extra ``aot`` brings."""
 
 import collections
 import functools
+import importlib.util
 import math
 import os
 import re
@@ -28,10 +29,64 @@ LARGE: Shapes = {"w": (8192, 8192)}
 SEVERAL: Shapes = LARGE | {"u": (1024, 4096), "b": (4096,)}
 GPT2: Shapes = {f"w{i}": shape for i, shape in enumerate(gpt2_small())}
 SPLIT = PartitionSpec("data")
-TOPOLOGIES: dict[int, dict[str, Any]] = {
-    1: {"topology_name": "v5e:1x1", "chips_per_host_bounds": (1, 1, 1)},
-    16: {"topology_name": "v5e:4x4"},
-    256: {"topology_name": "v5e:16x16"},
+
+
+class Target(NamedTuple):
+    """Chips to compile for, which need not be there.
+
+    Attributes:
+      platform: as JAX calls it.
+      hardware: which they are.
+      package: what brings the compiler.
+      module: by which one sees that it is installed.
+      topologies: how to ask for so many of them.
+    """
+
+    platform: str
+    hardware: str
+    package: str
+    module: str
+    topologies: dict[int, dict[str, Any]]
+
+
+H100 = """
+device_description_str: "NVIDIA H100 80GB HBM3"
+platform_name: "CUDA"
+runtime_version { major: 12 minor: 8 patch: 0 }
+dnn_version_info { major: 9 minor: 7 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584  memory_bandwidth: 3352320000000  l2_cache_size: 52428800
+  shared_memory_per_core: 233472  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  threads_per_core_limit: 2048  threads_per_block_limit: 1024  threads_per_warp: 32
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535
+}
+"""
+TARGETS = {
+    "tpu": Target(
+        "tpu",
+        "compiled for TPU v5e, with none present",
+        "libtpu",
+        "libtpu",
+        {
+            1: {"topology_name": "v5e:1x1", "chips_per_host_bounds": (1, 1, 1)},
+            16: {"topology_name": "v5e:4x4"},
+            256: {"topology_name": "v5e:16x16"},
+        },
+    ),
+    "gpu": Target(
+        "cuda",
+        "compiled for NVIDIA H100, with none present",
+        "jax-cuda12-plugin",
+        "jax_cuda12_plugin",
+        {
+            1: {"topology": "1x1x1", "target_config": H100},
+            8: {"topology": "1x1x8", "target_config": H100},
+            256: {"topology": "1x32x8", "target_config": H100},
+        },
+    ),
 }
 NO_TPU_HERE = {
     "TPU_SKIP_MDS_QUERY": "1",  # or libtpu waits for a metadata server to say which TPU this is
@@ -40,30 +95,51 @@ NO_TPU_HERE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process that compiles at the same time fails
 }
 NOTE = """\
-Compiled ahead of time, not run; needs the extra `tpu` (`pip install -e ".[tpu]"`). A whole step: update, weight decay,
+Compiled ahead of time, not run; needs the extra `aot` (`pip install -e ".[aot]"`). A whole step: update, weight decay,
 learning rate, `apply_updates`; gradients given, params and state donated. All figures are of one chip. Arrays are one
 float32 leaf, the same in bfloat16, or the 148 float32 leaves of GPT-2 small. Params, gradients and moments are split
 over the chips; under ZeRO-1 params are whole on each, so bytes are a parameter of the whole model.
 
 Traffic is what passes between the chip and its memory, read from the program. The floor is 28 in float32 (read params,
 gradients and two moments; write params and moments) and 22 for bfloat16 params and gradients with float32 moments;
-`optax.nadam` keeps bfloat16 moments there, hence 14. Bytes accessed is XLA's own count: it adds the scalars, at most
-0.3 MB a step whatever the size of the leaves, and counts several times what is fetched ahead into the chip, as in
-GPT-2. In place: results that take a donated argument's memory; two rules do not read the product of the momenta, a
-scalar, so its place is not used again.
+`optax.nadam` keeps bfloat16 moments there, hence 14. """
+NOTES = {
+    "tpu": NOTE
+    + """\
+Bytes accessed is XLA's own
+count: it adds the scalars, at most 0.3 MB a step whatever the size of the leaves, and counts several times what is
+fetched ahead into the chip, as in GPT-2. In place: results that take a donated argument's memory; two rules do not read
+the product of the momenta, a scalar, so its place is not used again.
 
 Under ZeRO-1 it pays to gather the updates (a link that constrains their sharding). Where `out_shardings` alone asks for
 whole params, the compiler gathers the new params and copies all params twice; the traffic shown there is an upper
-bound, for it takes the old params to be read whole."""
+bound, for it takes the old params to be read whole.""",
+    "gpu": NOTE
+    + """\
+XLA has no count of
+its own for GPUs. Temporaries are some hundreds of bytes a leaf, whatever its size. In place: results that take a
+donated argument's memory; two rules do not read the product of the momenta, a scalar, so its place is not used again.
+
+Under ZeRO-1, other than on TPU, it pays to leave the gathering to `out_shardings`: the compiler steps the shard of the
+params and gathers the new ones. The traffic shown there is an upper bound, for it takes the old params to be read
+whole; at least it is 8.""",
+}
 
 
 @functools.cache
-def mesh_of(chips: int) -> Mesh:
-    """Chips of a TPU v5e that need not exist, in one axis, ``data``."""
+def mesh_of(target: str, chips: int) -> Mesh:
+    """Chips that need not exist, in one axis, ``data``."""
+    platform, *_, ways = TARGETS[target]
     for name, value in NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
-    devices = topologies.get_topology_desc(platform="tpu", **TOPOLOGIES[chips]).devices
+    jax.config.update("jax_platforms", "cpu")  # or plugins look for their chips, and are not there without them
+    devices = topologies.get_topology_desc(platform=platform, **ways[chips]).devices
     return Mesh(np.asarray(devices), ("data",))
+
+
+def installed() -> bool:
+    """Whether the compilers for all chips are here, as with the extra ``aot``; where chips are, one is, for those."""
+    return all(importlib.util.find_spec(target.module) for target in TARGETS.values())
 
 
 def laid_out(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
@@ -78,7 +154,7 @@ def laid_out(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
 def compiled_step(
     tx: Any,
     shapes: Shapes,
-    chips: int,
+    mesh: Mesh,
     dtype: DTypeLike = jnp.float32,
     params_spec: PartitionSpec = SPLIT,
     pin: bool = False,
@@ -87,7 +163,6 @@ def compiled_step(
 
     Results lie where the compiler puts them or, pinned, where the params and the state lay.
     """
-    mesh = mesh_of(chips)
     params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
     donated = laid_out(params, mesh, params_spec), laid_out(jax.eval_shape(tx.init, params), mesh, SPLIT)
     results = jax.tree.map(lambda x: x.sharding, donated) if pin else None
@@ -95,9 +170,9 @@ def compiled_step(
     return step.lower(*donated, laid_out(params, mesh, SPLIT)).compile()
 
 
-def gathered(tx: Any, chips: int) -> Any:
+def gathered(tx: Any, mesh: Mesh) -> Any:
     """An optimizer whose updates are brought together on every chip (ZeRO-1: whole params, split moments)."""
-    everywhere = NamedSharding(mesh_of(chips), PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec())
     gather = optax.stateless(lambda updates, _: jax.lax.with_sharding_constraint(updates, everywhere))
     return optax.chain(tx, gather)
 
@@ -115,6 +190,8 @@ _ARRAY = re.compile(r"[a-z](\d*)\[(\d[\d,]*)\](\S*)")  # bits, none for booleans
 _COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 _FETCHED = {"copy-done", "slice-done"}
 _NO_WORK = {"parameter", "tuple", "get-tuple-element", "bitcast", "ConcatBitcast", "copy-start", "slice-start"}
+_NO_WORK |= {"all-gather-done"}
+_TYPED_BY_BOTH = {"all-gather-start"}  # the type of its result has what it reads in it
 
 
 def instructions(compiled: Any) -> Iterator[Instruction]:
@@ -150,7 +227,7 @@ def traffic(compiled: Any) -> int:
     """
     total = 0
     for type_, operation, operands in instructions(compiled):
-        if operation in _FETCHED:
+        if operation in _FETCHED | _TYPED_BY_BOTH:
             total += _bytes(type_)
         elif operation not in _NO_WORK:
             total += sum(_bytes(x, on_chip=False) for x in (type_, *operands))
@@ -168,6 +245,7 @@ def _bytes(type_: str, on_chip: bool = True) -> int:
 
 def row(name: str, arrays: str, compiled: Any, shapes: Shapes, chips: int, replicated: bool = False) -> list[Any]:
     """One line of the table, of one chip and the parameters on it."""
+    costs = compiled.cost_analysis()
     memory, size = compiled.memory_analysis(), sum(map(math.prod, shapes.values()))
     here = size if replicated else size // chips
     return [
@@ -175,7 +253,7 @@ def row(name: str, arrays: str, compiled: Any, shapes: Shapes, chips: int, repli
         arrays,
         chips,
         f"{traffic(compiled) / here:.2f}",
-        f"{compiled.cost_analysis()['bytes accessed'] / here:.2f}",
+        f"{costs['bytes accessed'] / here:.2f}" if costs else "not told",
         ", ".join(f"{count / len(shapes):g} {kind}" for kind, count in sorted(kernels(compiled).items())),
         sum(collectives(compiled).values()),
         memory.temp_size_in_bytes,
@@ -190,45 +268,53 @@ RIVALS = {"optax.nadam": optax.nadam(1e-3), "optax.nadamw": optax.nadamw(1e-3), 
 PAIR = {"nadam, scheduled": OURS["nadam, scheduled"], "optax.nadam": RIVALS["optax.nadam"]}
 
 
-def rows() -> Iterator[list[Any]]:
-    """All optimizers on all topologies; ours and its counterpart on other arrays and in another layout."""
+def rows(target: str) -> Iterator[list[Any]]:
+    """All optimizers on one chip and on many; ours and its counterpart on other arrays and in another layout."""
+    meshes = {chips: mesh_of(target, chips) for chips in TARGETS[target].topologies}
+    one, several = meshes[1], list(meshes)[1]
     for name, tx in (OURS | RIVALS).items():
-        for chips in TOPOLOGIES:
-            yield row(name, "8192 x 8192", compiled_step(tx, LARGE, chips), LARGE, chips)
+        for chips, mesh in meshes.items():
+            yield row(name, "8192 x 8192", compiled_step(tx, LARGE, mesh), LARGE, chips)
     for name, tx in PAIR.items():
-        yield row(name, "8192 x 8192, bfloat16", compiled_step(tx, LARGE, 1, jnp.bfloat16), LARGE, 1)
+        yield row(name, "8192 x 8192, bfloat16", compiled_step(tx, LARGE, one, jnp.bfloat16), LARGE, 1)
     for name, tx in PAIR.items():
-        yield row(name, "GPT-2 small", compiled_step(tx, GPT2, 1), GPT2, 1)
+        yield row(name, "GPT-2 small", compiled_step(tx, GPT2, one), GPT2, 1)
     for name, tx in PAIR.items():
-        for what, ending in (("updates", gathered(tx, 16)), ("params", tx)):
-            compiled = compiled_step(ending, LARGE, 16, params_spec=PartitionSpec(), pin=True)
-            yield row(f"{name}, {what} gathered", "8192 x 8192, ZeRO-1", compiled, LARGE, 16, replicated=True)
+        for what, ending in (("updates", gathered(tx, meshes[several])), ("params", tx)):
+            compiled = compiled_step(ending, LARGE, meshes[several], params_spec=PartitionSpec(), pin=True)
+            yield row(f"{name}, {what} gathered", "8192 x 8192, ZeRO-1", compiled, LARGE, several, replicated=True)
+
+
+def save_compiled(name: str, question: str, columns: list[str], rows: list[list[Any]], note: str, target: str) -> None:
+    """Writes what a compiler made, which is not about the machine it ran on."""
+    chips = TARGETS[target]
+    packages = (chips.package,)
+    save(name, question, columns, rows, note, backend=f"for-{target}", hardware=chips.hardware, packages=packages)
 
 
 def main() -> None:
     """Compiles and reads, and runs nothing."""
-    save(
-        "tpu_ahead_of_time",
-        "What does the compiler for TPU make of a step?",
-        [
-            "optimizer",
-            "arrays",
-            "chips",
-            "traffic a parameter",
-            "bytes accessed a parameter",
-            "kernels a leaf",
-            "collectives",
-            "temporaries, bytes",
-            "arguments, MB",
-            "results, MB",
-            "in place",
-        ],
-        list(rows()),
-        NOTE,
-        backend="tpu",
-        hardware="compiled for TPU v5e, with none present",
-        packages=("libtpu",),
-    )
+    for target in TARGETS:
+        save_compiled(
+            "ahead_of_time",
+            f"What does the compiler for {target.upper()} make of a step?",
+            [
+                "optimizer",
+                "arrays",
+                "chips",
+                "traffic a parameter",
+                "bytes accessed a parameter",
+                "kernels a leaf",
+                "collectives",
+                "temporaries, bytes",
+                "arguments, MB",
+                "results, MB",
+                "in place",
+            ],
+            list(rows(target)),
+            NOTES[target],
+            target,
+        )
 
 
 if __name__ == "__main__":
