@@ -115,7 +115,7 @@ def config_from(group: Mapping[str, Any], *, rule: str | None = None) -> NadamCo
       rule: ``"scheduled"`` for the step of torch 2, ``"torch1"`` for that of torch 1, or None to go by the keys.
 
     Returns:
-      The config, with ``complex_as_real`` set: it builds what :func:`nadam` builds.
+      The config, with ``complex_as_real`` set, which builds what :func:`nadam` builds.
 
     Raises:
       ValueError: a key is missing or unknown, a number is out of range, or the group is of a differentiable optimizer
