@@ -24,6 +24,7 @@ from optax_nadam._rules import RULES, Coefficients, Hyperparameters, coefficient
 
 ROWS = 128  # of a block
 FIELDS = len(Coefficients._fields)
+_CompilerParams: Any = getattr(pltpu, "CompilerParams", getattr(pltpu, "TPUCompilerParams", None))  # before jax 0.7
 NOTE = """\
 The whole step of `nadamw` on one leaf of 8192 x 8192. The kernel (Pallas) reads and writes everything once, in place:
 12 bytes in float32. But XLA cannot fuse it with the links that follow, so the update is written out and read again, and
@@ -85,7 +86,7 @@ def update_by_kernel(
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves],
         input_output_aliases={3: 1, 4: 2, 5: 3, 6: 4},
         interpret=interpret,
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=100 * 2**20),
+        compiler_params=_CompilerParams(vmem_limit_bytes=100 * 2**20),
     )(step.reshape(1), jnp.stack([x.astype(jnp.float32) for x in c]), *leaves)
     return u, Quantized(m_codes, m_scale[:, 0]), Quantized(v_codes, v_scale[:, 0])
 
