@@ -38,14 +38,12 @@ class Target(NamedTuple):
       platform: as JAX calls it.
       hardware: which they are.
       package: what brings the compiler.
-      module: by which one sees that it is installed.
       topologies: how to ask for so many of them.
     """
 
     platform: str
     hardware: str
     package: str
-    module: str
     topologies: dict[int, dict[str, Any]]
 
 
@@ -69,7 +67,6 @@ TARGETS = {
         "tpu",
         "compiled for TPU v5e, with none present",
         "libtpu",
-        "libtpu",
         {
             1: {"topology_name": "v5e:1x1", "chips_per_host_bounds": (1, 1, 1)},
             16: {"topology_name": "v5e:4x4"},
@@ -80,7 +77,6 @@ TARGETS = {
         "cuda",
         "compiled for NVIDIA H100, with none present",
         "jax-cuda12-plugin",
-        "jax_cuda12_plugin",
         {
             1: {"topology": "1x1x1", "target_config": H100},
             8: {"topology": "1x1x8", "target_config": H100},
@@ -139,7 +135,7 @@ def mesh_of(target: str, chips: int) -> Mesh:
 
 def installed() -> bool:
     """Whether the compilers for all chips are here, as with the extra ``aot``; where chips are, one is, for those."""
-    return all(importlib.util.find_spec(target.module) for target in TARGETS.values())
+    return all(importlib.util.find_spec(target.package.replace("-", "_")) for target in TARGETS.values())
 
 
 def laid_out(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
@@ -189,8 +185,8 @@ _INSTRUCTION = re.compile(r'^ +(?:ROOT )?%(\S+) = (.*?) ([a-z-]+)\((.*?)\)(?:,.*
 _ARRAY = re.compile(r"[a-z](\d*)\[(\d[\d,]*)\](\S*)")  # bits, none for booleans; shape; layout
 _COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 _FETCHED = {"copy-done", "slice-done"}
-_NO_WORK = {"parameter", "tuple", "get-tuple-element", "bitcast", "ConcatBitcast", "copy-start", "slice-start"}
-_NO_WORK |= {"all-gather-done"}
+_NO_WORK = {"parameter", "tuple", "get-tuple-element", "bitcast", "ConcatBitcast"}
+_NO_WORK |= {"copy-start", "slice-start", "all-gather-done"}
 _TYPED_BY_BOTH = {"all-gather-start"}  # the type of its result has what it reads in it
 
 

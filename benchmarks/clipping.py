@@ -112,17 +112,17 @@ def compiled_for(target: str) -> Iterator[list[Any]]:
 
 def main() -> None:
     """Compiles for TPU and GPU where the extra ``aot`` is installed, and measures this machine elsewhere."""
-    for target in aot.TARGETS if aot.installed() else ():
-        aot.save_compiled(
-            "clipping",
-            f"What does clipping by the global norm add to a step on a {target.upper()}?",
-            [*COLUMNS, "arrays", "traffic a parameter", "kernels a leaf", "temporaries a parameter, bytes"],
-            list(compiled_for(target)),
-            "Compiled ahead of time, not run; needs the extra `aot`. The norm is one more reading of the gradients, one"
-            " more fusion a leaf; either way of clipping is fused into the update.",
-            target,
-        )
     if aot.installed():
+        for target in aot.TARGETS:
+            aot.save_compiled(
+                "clipping",
+                f"What does clipping by the global norm add to a step on a {target.upper()}?",
+                [*COLUMNS, "arrays", "traffic a parameter", "kernels a leaf", "temporaries a parameter, bytes"],
+                list(compiled_for(target)),
+                "Compiled ahead of time, not run; needs the extra `aot`. The norm is one more reading of the gradients, one"
+                " more fusion a leaf; either way of clipping is fused into the update.",
+                target,
+            )
         return
     save(
         "clipping",

@@ -127,16 +127,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small leaves, few steps; saves nothing")
     quick = parser.parse_args().quick
-    for target in aot.TARGETS if aot.installed() else ():
-        aot.save_compiled(
-            "memory_formats",
-            f"What do the formats of moments and weights take on a {target.upper()}?",
-            [*COLUMNS, "state, bytes a parameter", "temporaries", "traffic a parameter", "fusions"],
-            list(compiled_for(target)),
-            COMPILED_NOTE,
-            target,
-        )
     if aot.installed():
+        for target in aot.TARGETS:
+            aot.save_compiled(
+                "memory_formats",
+                f"What do the formats of moments and weights take on a {target.upper()}?",
+                [*COLUMNS, "state, bytes a parameter", "temporaries", "traffic a parameter", "fusions"],
+                list(compiled_for(target)),
+                COMPILED_NOTE,
+                target,
+            )
         return
     rows = list(measured([(64, 64), (2048,)] if quick else gpt2_small(), repeats=3 if quick else 11))
     if quick:

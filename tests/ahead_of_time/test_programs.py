@@ -37,6 +37,8 @@ WITHOUT_PRODUCT = ("nadam, constant", "nadam, simplified")  # their coefficients
 SCALARS = 300_000  # bytes of them that XLA counts in a step, whatever the size of the leaves
 A_LEAF = {"tpu": 0, "gpu": 2048}  # bytes of temporaries at most, whatever the size of the leaf
 ROWS = {"tpu": 0, "gpu": 64}  # and for each of its rows, where moments are bytes
+SCALES = {"tpu": 0.01, "gpu": 0.02}  # traffic of the scales, bytes a parameter at most
+OF_SCALES = {"tpu": {"fusion", "convert"}, "gpu": {"fusion", "copy"}}  # kernels beside those of the leaves
 EVERY_SHAPES = {"a large leaf": LARGE, "several leaves": SEVERAL}
 CHIPS = [(target, chips) for target, kind in TARGETS.items() for chips in kind.topologies]
 MANY = [(target, chips) for target, chips in CHIPS if chips > 1]
@@ -145,8 +147,10 @@ def test_narrow_moments_need_no_kernel_of_their_own(target, chips, shapes, dtype
     """bfloat16: one pass. Bytes: one over the gradients and codes for the scales, one for all else."""
     step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW[name]), shapes, mesh_of(target, chips), dtype)
     expected = EXPECTED[name][dtype]
-    assert 0.9 * expected <= traffic(step) / (size(shapes) / chips) <= expected + 0.02  # small shards stay on the chip
-    assert set(kernels(step)) <= {"fusion", "convert", "copy"}
+    assert (
+        0.9 * expected <= traffic(step) / (size(shapes) / chips) <= expected + SCALES[target]
+    )  # small shards stay on the chip
+    assert set(kernels(step)) <= OF_SCALES[target]
     assert not collectives(step)
     assert step.memory_analysis().temp_size_in_bytes <= room(shapes, target, chips)
 
@@ -183,7 +187,7 @@ def test_compensated_weights_cost_the_bytes_they_keep_and_no_more(remainder, mor
     step = compiled_step(
         optax_nadam.compensated(inner, remainder_dtype=remainder), LARGE, mesh_of(target, chips), jnp.bfloat16
     )
-    assert 0.9 * (expected + more) <= traffic(step) / (size(LARGE) / chips) <= expected + more + 0.02
+    assert 0.9 * (expected + more) <= traffic(step) / (size(LARGE) / chips) <= expected + more + SCALES[target]
     assert step.memory_analysis().temp_size_in_bytes <= room(LARGE, target, chips)
     assert not collectives(step)
 
