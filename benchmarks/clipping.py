@@ -25,6 +25,11 @@ of its three passes, but keeps the quotients: 4 bytes of temporaries. `clip_by_f
 `minimum(1, max_norm / norm)`, and multiplies by it, which every pass repeats. The difference is that of the params
 after all the steps timed, relative to how far they have moved."""
 
+COMPILED_NOTE = (
+    "Compiled ahead of time, not run; needs the extra `aot`. The norm is one more reading of the gradients, one more"
+    " fusion a leaf; either way of clipping is fused into the update."
+)
+
 
 def clip_by_factor(max_norm: ArrayLike) -> optax.GradientTransformation:
     """``optax.clip_by_global_norm`` as one scalar factor for all leaves."""
@@ -119,8 +124,7 @@ def main() -> None:
                 f"What does clipping by the global norm add to a step on a {target.upper()}?",
                 [*COLUMNS, "arrays", "traffic a parameter", "kernels a leaf", "temporaries a parameter, bytes"],
                 list(compiled_for(target)),
-                "Compiled ahead of time, not run; needs the extra `aot`. The norm is one more reading of the gradients, one"
-                " more fusion a leaf; either way of clipping is fused into the update.",
+                COMPILED_NOTE,
                 target,
             )
         return
