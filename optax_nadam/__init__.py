@@ -1,17 +1,32 @@
 """Nadam for JAX and Optax: every framework's, from one exact update."""
 
-from optax_nadam._compensated import CompensatedState as CompensatedState
-from optax_nadam._compensated import compensated as compensated
-from optax_nadam._compensated import master_params as master_params
-from optax_nadam._config import NadamConfig as NadamConfig
-from optax_nadam._convert import convert_moments as convert_moments
-from optax_nadam._nadam import ScaleByNadamState as ScaleByNadamState
-from optax_nadam._nadam import nadam as nadam
-from optax_nadam._nadam import nadamw as nadamw
-from optax_nadam._nadam import scale_by_nadam as scale_by_nadam
-from optax_nadam._quantized import Quantized as Quantized
-from optax_nadam._schedules import Schedule as Schedule
+from optax_nadam._compensated import CompensatedState, compensated, master_params
+from optax_nadam._config import NadamConfig, set_count
+from optax_nadam._nadam import nadam, nadamw, scale_by_nadam
+from optax_nadam._quantized import Quantized
+from optax_nadam._rules import Rule, RuleName
+from optax_nadam._schedules import ScheduleConfig
+from optax_nadam._state import ScaleByNadamState, convert_moments, get_state
 
-from optax_nadam import compat as compat, diagnostics as diagnostics  # isort: skip  # they need the names above
+from optax_nadam import compat, diagnostics  # isort: skip  # they need the names above
 
 __version__ = "0.1.0"
+__all__ = [
+    "CompensatedState",
+    "NadamConfig",
+    "Quantized",
+    "Rule",
+    "RuleName",
+    "ScaleByNadamState",
+    "ScheduleConfig",
+    "compat",
+    "compensated",
+    "convert_moments",
+    "diagnostics",
+    "get_state",
+    "master_params",
+    "nadam",
+    "nadamw",
+    "scale_by_nadam",
+    "set_count",
+]

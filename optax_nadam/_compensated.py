@@ -1,4 +1,4 @@
-"""Weights in bfloat16 that lose nothing: what rounding drops is kept beside them."""
+"""Weights in bfloat16 that lose nothing: what rounding drops is stored beside them."""
 
 import functools
 from typing import Any, NamedTuple
@@ -10,8 +10,17 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_nadam import _validation as validation
-from optax_nadam._moments import dtype_of, zeros_like
-from optax_nadam._rounding import Chance
+from optax_nadam._leaves import dtype_of, zeros_like
+from optax_nadam._rounding import RandomBits
+from optax_nadam._state import the_node
+
+_FLOAT16 = (
+    "{leaf} has dtype float16; compensated stores what rounding to bfloat16 drops. Cast it to bfloat16 or float32."
+)
+_MISFIT = (
+    "{leaf} is {got}, but this state of compensated was made for a leaf that is {expected}. Pass the params that go"
+    " with the state, or call init again."
+)
 
 
 class CompensatedState(NamedTuple):
@@ -20,7 +29,7 @@ class CompensatedState(NamedTuple):
     Attributes:
       count: updates so far, int32, shape ``()``.
       remainder: a tree like the params: for each bfloat16 leaf an int8 or int16 array of its shape, what the weights
-        lack to the ones that are trained, in units of the last bit kept; ``optax.MaskedNode`` for other leaves.
+        lack to the ones that are trained, in units of the last bit stored; ``optax.MaskedNode`` for other leaves.
       inner_state: of the inner optimizer, for float32 weights.
     """
 
@@ -32,11 +41,11 @@ class CompensatedState(NamedTuple):
 def compensated(
     inner: optax.GradientTransformation, *, remainder_dtype: DTypeLike = jnp.int8
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Trains bfloat16 weights as if they were wider, and keeps beside them what rounding drops.
+    r"""Trains bfloat16 weights as if they were wider, and stores beside them what rounding drops.
 
     A bfloat16 weight holds 8 significant bits: an update of less than a 512th of it is lost. Here the inner optimizer
     sees and updates the weights :math:`\theta` with all their bits, in float32; ``params`` are these rounded to
-    bfloat16, and the state keeps the difference, counted in units of the last bit that is kept:
+    bfloat16, and the state stores the difference, counted in units of the last bit that is stored:
 
     .. math::
 
@@ -44,15 +53,15 @@ def compensated(
       r' = \operatorname{bits}(\theta') - \operatorname{bits}(p')
 
     With int16 no bit of float32 is lost: :math:`\theta` follows a float32 run with the same gradients bit for bit, and
-    the params are those weights rounded to the nearest, ties away from zero. With int8 24 bits are kept in all, and the
-    last of them is rounded by chance, right in the mean, so that smaller updates count too.
+    the params are those weights rounded to the nearest, ties away from zero. With int8 24 bits are stored in
+    all, and the last of them is stochastically rounded, unbiased, so that smaller updates count too.
 
     The update returned is float32 and such that ``optax.apply_updates`` makes the right bfloat16 weights of it. It must
     be applied as it is: wrap a whole optimizer, learning rate included; clipping, masks and ``optax.MultiSteps`` may
     stand inside or around (around and under ``lax.scan`` from Optax 0.2.8 on, whose accumulator keeps its dtype).
     Leaves that are not bfloat16 are left to the inner optimizer as they are. Where one step takes a weight through zero
     to under a hundredth of what it was, adding in float32 may miss the bfloat16 number by :math:`2^{-24}` of what the
-    weight was; the next step goes on from where it landed.
+    weight was; the next step continues from there.
 
     Args:
       inner: any Optax optimizer.
@@ -82,40 +91,40 @@ def compensated(
     References:
       Zamirai et al., `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020, on what is lost.
     """
-    validation.check_remainder_dtype("remainder_dtype", remainder_dtype)
+    dtype = _parse_remainder_dtype("remainder_dtype", remainder_dtype)
     inner = optax.with_extra_args_support(inner)
-    kept = jnp.dtype(remainder_dtype)
 
     def init(params: optax.Params) -> CompensatedState:
-        validation.check_not_float16("params", params)
-        remainder = jax.tree.map(lambda p: zeros_like(p, kept) if _is_bfloat16(p) else optax.MaskedNode(), params)
+        _check_not_float16("params", params)
+        remainder = jax.tree.map(lambda p: zeros_like(p, dtype) if _is_bfloat16(p) else optax.MaskedNode(), params)
         return CompensatedState(jnp.zeros((), jnp.int32), remainder, inner.init(_wide(params)))
 
     def update(
         updates: optax.Updates, state: CompensatedState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, CompensatedState]:
         validation.check_state("compensated", state, CompensatedState)
-        validation.check_remainder(params, state.remainder)
-        validation.check_same_shapes("gradients", updates, params)
+        _check_params(params, state.remainder)
+        validation.check_structure("gradients", updates, params)
+        validation.check_shapes("gradients", updates, params)
         with jax.named_scope("compensated"):
             count = optax.safe_increment(state.count)
             masters = jax.tree.map(_master, params, state.remainder)
         steps, inner_state = inner.update(_wide(updates), state.inner_state, masters, **extra_args)
         with jax.named_scope("compensated"):
-            target = functools.partial(_target, chance=Chance(-count, 0))  # other draws than those of the moments
+            target = functools.partial(_target, random=RandomBits.for_weights(count))
             targets = jax.tree.map(target, params, masters, steps, state.remainder)
-            remainder = jax.tree.map(_left_over, params, targets, state.remainder)
+            remainder = jax.tree.map(_remainder, params, targets, state.remainder)
             applied = jax.tree.map(_to_apply, params, targets, remainder, steps)
         return applied, CompensatedState(count, remainder, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def master_params(state: Any, params: optax.Params) -> optax.Params:
-    """The weights that :func:`compensated` trains, with all the bits it keeps, for evaluation and export.
+def master_params(opt_state: Any, params: optax.Params) -> optax.Params:
+    """The weights that :func:`compensated` trains, with all their bits, for evaluation and export.
 
     Args:
-      state: an optimizer state with one :class:`CompensatedState` in it, at any depth.
+      opt_state: an optimizer state with one :class:`CompensatedState` in it, at any depth.
       params: the weights that belong to it.
 
     Returns:
@@ -132,15 +141,44 @@ def master_params(state: Any, params: optax.Params) -> optax.Params:
       >>> optax_nadam.master_params(state, params)["w"].dtype
       dtype('float32')
     """
-    found = [node for node in jax.tree.leaves(state, is_leaf=_is_compensated) if _is_compensated(node)]
-    if len(found) != 1:
-        raise ValueError(f"state must hold one CompensatedState, but holds {len(found)}.")
-    validation.check_remainder(params, found[0].remainder)
-    return jax.tree.map(_master, params, found[0].remainder)
+    remainder = the_node("opt_state", opt_state, CompensatedState).remainder
+    _check_params(params, remainder)
+    return jax.tree.map(_master, params, remainder)
 
 
-def _is_compensated(node: Any) -> bool:
-    return isinstance(node, CompensatedState)
+def _parse_remainder_dtype(name: str, value: DTypeLike) -> jnp.dtype:
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if dtype not in (jnp.int8, jnp.int16):
+        raise ValueError(f"{name} must be int8 or int16, got {value!r}.")
+    return dtype
+
+
+def _check_not_float16(name: str, tree: Any) -> None:
+    """Rejects leaves of float16."""
+    for index, leaf in enumerate(jax.tree.leaves(tree)):
+        if dtype_of(leaf) == jnp.float16:
+            raise TypeError(_FLOAT16.format(leaf=validation.place(name, tree, index)))
+
+
+def _check_params(params: Any, remainder: Any) -> None:
+    """Rejects params that are missing or are not those whose remainder it is."""
+    if params is None:
+        raise ValueError("compensated needs params: call update(grads, state, params).")
+    structure: Any = jax.tree.structure(params)
+    try:
+        remainders = structure.flatten_up_to(remainder)
+    except (ValueError, TypeError) as error:
+        raise validation.wrong_structure("params", error) from None
+    for index, (p, r) in enumerate(zip(jax.tree.leaves(params), remainders, strict=True)):
+        expected = (jnp.bfloat16, r.shape) if hasattr(r, "shape") else None
+        got = (p.dtype, p.shape) if p.dtype == jnp.bfloat16 else None
+        if got != expected:
+            wanted = f"bfloat16 of shape {r.shape}" if expected else "not bfloat16"
+            leaf = validation.place("params", params, index)
+            raise ValueError(_MISFIT.format(leaf=leaf, got=f"{p.dtype} of shape {p.shape}", expected=wanted))
 
 
 def _is_bfloat16(leaf: Any) -> bool:
@@ -156,22 +194,22 @@ def _master(p: jax.Array, remainder: Any) -> jax.Array:
     """The weight with what bfloat16 dropped; another weight as it is."""
     if not _is_bfloat16(p):
         return p
-    return _number(_bits(p.astype(jnp.float32)) + _shifted(remainder))
+    return _number(_bits(p.astype(jnp.float32)) + _as_bits(remainder))
 
 
-def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, chance: Chance) -> jax.Array:
-    """The weight to be kept: after the step, rounded by chance to the bits there is room for."""
+def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, random: RandomBits) -> jax.Array:
+    """The weight to be stored: after the step, stochastically rounded to the bits there is room for."""
     if not _is_bfloat16(p):
         return p
     fraction = (1 << _dropped_bits(remainder)) - 1
-    bits = _bits(master + step.astype(master.dtype)) + (chance.bits(master.shape).astype(jnp.int32) & fraction)
+    bits = _bits(master + step.astype(master.dtype)) + (random.draw(master.shape).astype(jnp.int32) & fraction)
     return _number(bits & ~fraction)
 
 
-def _left_over(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
+def _remainder(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
     """What the nearest bfloat16 lacks to the target; nothing where adding in float32 does not reach that.
 
-    There it is nothing anyway. But asked for, XLA makes one pass of the step for TPU, and else of some three.
+    There it is nothing anyway. But with the comparison XLA makes one pass of the step for TPU, else sometimes three.
     """
     if not _is_bfloat16(p):
         return remainder
@@ -185,11 +223,11 @@ def _left_over(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
 def _to_apply(p: jax.Array, target: jax.Array, remainder: Any, step: jax.Array) -> jax.Array:
     """What takes the bfloat16 weight to the target without its remainder; for another weight the step as it is.
 
-    Reckoned from the remainder as it is kept: else XLA would make several passes for TPU where it makes one.
+    Computed from the remainder as it is stored: otherwise XLA makes several passes for TPU where one is enough.
     """
     if not _is_bfloat16(p):
         return step
-    return _number(_bits(target) - _shifted(remainder)) - p.astype(jnp.float32)
+    return _number(_bits(target) - _as_bits(remainder)) - p.astype(jnp.float32)
 
 
 def _nearest(x: jax.Array) -> jax.Array:
@@ -197,7 +235,7 @@ def _nearest(x: jax.Array) -> jax.Array:
     return _number((_bits(x) + 0x8000) & ~0xFFFF)
 
 
-def _shifted(remainder: jax.Array) -> jax.Array:
+def _as_bits(remainder: jax.Array) -> jax.Array:
     """A remainder in units of the last bit of float32."""
     return remainder.astype(jnp.int32) << _dropped_bits(remainder)
 

@@ -2,46 +2,111 @@
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import field
+from typing import Any, TypeVar
 
 import optax
+from jax.typing import ArrayLike
 
-from optax_nadam import _links as links
 from optax_nadam import _validation as validation
+from optax_nadam import _wrappers as wrappers
+from optax_nadam._moments import parse_format
 from optax_nadam._nadam import scale_by_nadam
-from optax_nadam._rules import Rule
-from optax_nadam._schedules import Schedule, inverse_time_decay
+from optax_nadam._rules import Rule, RuleName, mu_product_after, parse_rule
+from optax_nadam._schedules import ScheduleConfig, inverse_time_decay, parse_learning_rate
+from optax_nadam._state import put_count
+
+_T = TypeVar("_T")
+_Parse = Callable[[str, Any], _T]  # takes the field's name and value
+
+
+def _number(check: Callable[[str, float], None]) -> _Parse[float]:
+    """Parses a number, Python's or NumPy's, into a Python float."""
+
+    def parse(name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}.")
+        check(name, float(value))
+        return float(value)
+
+    return parse
+
+
+def _optional(parse: _Parse[_T]) -> _Parse[_T | None]:
+    """Parses None, or what another parser does."""
+    return lambda name, value: None if value is None else parse(name, value)
+
+
+def _bool(name: str, value: Any) -> bool:
+    validation.check_bool(name, value)
+    return value
+
+
+def _positive_int(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    validation.check_positive(name, int(value))
+    return int(value)
+
+
+def _learning_rate(name: str, value: Any) -> float | ScheduleConfig:
+    return value if isinstance(value, ScheduleConfig) else _number(validation.check_finite)(name, value)
+
+
+def _rule(name: str, value: Any) -> str | Rule:
+    parse_rule(name, value)
+    return value
+
+
+def _format(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r}.")
+    parse_format(name, value)
+    return value
+
+
+_decay = _number(validation.check_decay)
+_not_negative = _number(validation.check_not_negative)
+_positive = _number(validation.check_positive)
+
+
+def _by(parse: _Parse[Any]) -> dict[str, _Parse[Any]]:
+    """The metadata of a field that is parsed by a function."""
+    return {"parse": parse}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NadamConfig:
-    r"""Every hyperparameter of a Nadam, as plain data that survives JSON.
+    r"""Every hyperparameter of a Nadam, as plain data: hashable, and JSON both ways.
 
-    The optimizer it builds turns the gradient round to ascend; clips it by value, then by norm leaf by leaf, then by
-    global norm; adds coupled weight decay; takes Nadam's step; shrinks it, drops what the gradient disagrees with;
+    The optimizer it builds negates the gradient to ascend; clips it by value, then leaf by leaf by norm, then by
+    global norm; adds coupled weight decay; takes Nadam's step; shrinks it, drops what points away from the gradient;
     adds decoupled weight decay; and multiplies by the learning rate
-    :math:`\alpha_t = \alpha / (1 + \text{decay} \cdot (t - 1))`. What is left at its default is left out.
+    :math:`\alpha_t = \alpha / (1 + \text{learning_rate_decay} \cdot (t - 1))`. What is left at its default is left
+    out.
 
     Attributes:
-      learning_rate: :math:`\alpha`, a finite number, or a :class:`Schedule`.
+      learning_rate: :math:`\alpha`, a finite number, or a :class:`ScheduleConfig`.
       b1: decay of the first moment and limit of the momentum, in [0, 1).
       b2: decay of the second moment, in [0, 1).
       eps: added to the root, not negative.
       eps_root: added under the root, not negative.
       momentum_decay: how fast the momentum rises, per step, not negative.
-      rule: the dialect, see :func:`optax_nadam.scale_by_nadam`.
-      weight_decay: :math:`\lambda`, not negative; 0 for none.
+      rule: the variant, see :func:`optax_nadam.scale_by_nadam`.
+      weight_decay: :math:`\lambda`, not negative; 0 for no decay.
       coupled_weight_decay: True adds :math:`\lambda\theta` to the gradient (L2), False to the update.
-      max_learning_rate: with it, decoupled weight decay is :math:`\lambda \alpha_t / \alpha_{max}`, so that it falls
-        with the square of the learning rate; positive; None for :math:`\lambda`.
-      decay: inverse-time decay of the learning rate, per step, not negative; only beside a number.
+      weight_decay_peak_learning_rate: :math:`\alpha_{peak}`, positive. With it, decoupled weight decay is
+        :math:`\lambda \alpha_t / \alpha_{peak}` of the update, so that it falls with the square of the learning rate
+        from its peak on; it does not limit the learning rate. None for :math:`\lambda`.
+      learning_rate_decay: inverse-time decay of the learning rate, per step, not negative; only beside a number.
       clip_value: the largest magnitude of a gradient's element, positive; None for no limit.
       clip_norm: the largest Euclidean norm of a leaf's gradient, positive; None for no limit.
       clip_global_norm: the largest norm of all gradients together, positive; None for no limit.
       clip_update_rms: the largest root mean square of :math:`g / (\sqrt{\hat v} + \varepsilon)` in a leaf that does
         not shrink the update, positive; None for no limit.
-      caution: drop elements of the update that point away from the gradient.
+      cautious: drop elements of the update that point away from the gradient.
       maximize: ascend.
       complex_as_real: treat a complex leaf as two real ones.
       accumulate_steps: gradients that are averaged for one step, at least 1.
@@ -61,89 +126,97 @@ class NadamConfig:
       >>> tx = config.build()
     """
 
-    learning_rate: float | Schedule = 1e-3
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-7
-    eps_root: float = 0.0
-    momentum_decay: float = 4e-3
-    rule: str | Rule = "scheduled"
-    weight_decay: float = 0.0
-    coupled_weight_decay: bool = False
-    max_learning_rate: float | None = None
-    decay: float = 0.0
-    clip_value: float | None = None
-    clip_norm: float | None = None
-    clip_global_norm: float | None = None
-    clip_update_rms: float | None = None
-    caution: bool = False
-    maximize: bool = False
-    complex_as_real: bool = False
-    accumulate_steps: int = 1
-    m_dtype: str | None = None
-    v_dtype: str | None = None
+    learning_rate: float | ScheduleConfig = field(default=1e-3, metadata=_by(_learning_rate))
+    b1: float = field(default=0.9, metadata=_by(_decay))
+    b2: float = field(default=0.999, metadata=_by(_decay))
+    eps: float = field(default=1e-7, metadata=_by(_not_negative))
+    eps_root: float = field(default=0.0, metadata=_by(_not_negative))
+    momentum_decay: float = field(default=4e-3, metadata=_by(_not_negative))
+    rule: RuleName | Rule = field(default="scheduled", metadata=_by(_rule))
+    weight_decay: float = field(default=0.0, metadata=_by(_not_negative))
+    coupled_weight_decay: bool = field(default=False, metadata=_by(_bool))
+    weight_decay_peak_learning_rate: float | None = field(default=None, metadata=_by(_optional(_positive)))
+    learning_rate_decay: float = field(default=0.0, metadata=_by(_not_negative))
+    clip_value: float | None = field(default=None, metadata=_by(_optional(_positive)))
+    clip_norm: float | None = field(default=None, metadata=_by(_optional(_positive)))
+    clip_global_norm: float | None = field(default=None, metadata=_by(_optional(_positive)))
+    clip_update_rms: float | None = field(default=None, metadata=_by(_optional(_positive)))
+    cautious: bool = field(default=False, metadata=_by(_bool))
+    maximize: bool = field(default=False, metadata=_by(_bool))
+    complex_as_real: bool = field(default=False, metadata=_by(_bool))
+    accumulate_steps: int = field(default=1, metadata=_by(_positive_int))
+    m_dtype: str | None = field(default=None, metadata=_by(_optional(_format)))
+    v_dtype: str | None = field(default=None, metadata=_by(_optional(_format)))
 
     def __post_init__(self) -> None:
-        """Checks every field and turns numbers into Python floats."""
-        for name, (kind, check) in _FIELDS.items():
-            value = getattr(self, name)
-            if (value is None and getattr(type(self), name) is None) or isinstance(value, Rule | Schedule):
-                continue
-            validation.check_plain(name, value, kind)
-            check(name, value)
-            object.__setattr__(self, name, kind(value))
-        if self.decay and isinstance(self.learning_rate, Schedule):
-            raise ValueError(f"decay must be 0 beside a schedule, got {self.decay!r}.")
+        """Parses every field."""
+        for entry in dataclasses.fields(self):
+            value = entry.metadata["parse"](entry.name, getattr(self, entry.name))
+            object.__setattr__(self, entry.name, value)
+        if self.learning_rate_decay and isinstance(self.learning_rate, ScheduleConfig):
+            raise ValueError(f"learning_rate_decay must be 0 beside a schedule, got {self.learning_rate_decay!r}.")
 
-    def build(self, learning_rate: optax.ScalarOrSchedule | None = None) -> optax.GradientTransformationExtraArgs:
+    def build(
+        self, learning_rate: optax.ScalarOrSchedule | ScheduleConfig | None = None
+    ) -> optax.GradientTransformationExtraArgs:
         """The optimizer of these hyperparameters.
-
-        Args:
-          learning_rate: a number, an array or a schedule in place of the config's own and its ``decay``.
 
         Where only the fields of :func:`optax_nadam.nadam` or :func:`optax_nadam.nadamw` are set, its state is that of
         those, so that a checkpoint of one fits the other.
+
+        Args:
+          learning_rate: a number, a scalar array or a schedule in place of the config's own and its
+            ``learning_rate_decay``. A :class:`ScheduleConfig` counts gradients, an Optax schedule the steps taken.
+
+        Returns:
+          A gradient transformation. Its ``update`` needs ``params`` where there is weight decay.
+
+        Raises:
+          ValueError: a learning rate that is not finite or no scalar.
+          TypeError: a learning rate that is none of the above.
         """
-        rate = self._rate() if learning_rate is None else learning_rate
-        validation.check_learning_rate(rate)
+        alpha = self._schedule_or_number(self.learning_rate if learning_rate is None else learning_rate)
+        if learning_rate is None and self.learning_rate_decay:
+            alpha = inverse_time_decay(alpha, 1.0, self.learning_rate_decay)
         decoupled = self.weight_decay and not self.coupled_weight_decay
         chain = [
             optax.scale(-1.0) if self.maximize else None,
             optax.clip(self.clip_value) if self.clip_value is not None else None,
-            links.clip_by_norm(self.clip_norm) if self.clip_norm is not None else None,
+            wrappers.clip_by_norm(self.clip_norm) if self.clip_norm is not None else None,
             optax.clip_by_global_norm(self.clip_global_norm) if self.clip_global_norm is not None else None,
             optax.add_decayed_weights(self.weight_decay) if self.coupled_weight_decay and self.weight_decay else None,
             self._step(),
-            optax.add_decayed_weights(self._decay_rate(rate)) if decoupled else None,
-            optax.scale_by_learning_rate(rate),
+            optax.add_decayed_weights(self._decoupled_decay(alpha)) if decoupled else None,
+            optax.scale_by_learning_rate(alpha),
         ]
-        tx = optax.chain(*[link for link in chain if link is not None])
+        tx = wrappers.chain("the optimizer of a NadamConfig", *[link for link in chain if link is not None])
         if self.complex_as_real:
             tx = optax.with_extra_args_support(optax.contrib.split_real_and_imaginary(tx))
         if self.accumulate_steps > 1:
             tx = optax.with_extra_args_support(optax.MultiSteps(tx, self.accumulate_steps).gradient_transformation())
         return tx
 
-    def _rate(self) -> optax.ScalarOrSchedule:
-        if isinstance(self.learning_rate, Schedule):
-            schedule, k = self.learning_rate.build(), self.accumulate_steps
-            # A schedule counts gradients: step n comes with gradient number n k + (k - 1).
-            return schedule if k == 1 else lambda count: schedule(count * k + (k - 1))
-        return inverse_time_decay(self.learning_rate, 1.0, self.decay) if self.decay else self.learning_rate
+    def _schedule_or_number(self, learning_rate: Any) -> Any:
+        parsed, k = parse_learning_rate(learning_rate), self.accumulate_steps
+        if k == 1 or not isinstance(learning_rate, ScheduleConfig):
+            return parsed
+        # A ScheduleConfig counts gradients: step n comes with gradient number n k + (k - 1).
+        return lambda count: parsed(count * k + (k - 1))
 
-    def _decay_rate(self, rate: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
-        if self.max_learning_rate is None:
+    def _decoupled_decay(self, learning_rate: Any) -> Any:
+        """The weight decay as a factor of the params in the update."""
+        if self.weight_decay_peak_learning_rate is None:
             return self.weight_decay
-        factor = self.weight_decay / self.max_learning_rate
-        return (lambda count: factor * rate(count)) if callable(rate) else factor * rate
+        factor = self.weight_decay / self.weight_decay_peak_learning_rate
+        return (lambda count: factor * learning_rate(count)) if callable(learning_rate) else factor * learning_rate
 
     def _step(self) -> optax.GradientTransformationExtraArgs:
         names = ("b1", "b2", "eps", "eps_root", "momentum_decay", "rule", "m_dtype", "v_dtype")
         make = functools.partial(scale_by_nadam, **{name: getattr(self, name) for name in names})
         tx = make()
         if self.clip_update_rms is not None:
-            tx = links.clip_by_gradient_rms(tx, make(b1=0.0), self.clip_update_rms)
-        return links.cautious(tx) if self.caution else tx
+            tx = wrappers.clip_by_gradient_rms(tx, make(b1=0.0), self.clip_update_rms)
+        return wrappers.cautious(tx) if self.cautious else tx
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, ready for JSON."""
@@ -157,33 +230,44 @@ class NadamConfig:
           ValueError: a field is missing or unknown, named in the text; or as the class.
           TypeError: as the class.
         """
-        validation.check_names("NadamConfig", fields, _FIELDS)
-        records = {name: _NESTED[name](**fields[name]) for name in _NESTED if isinstance(fields[name], Mapping)}
-        return cls(**{**fields, **records})
+        validation.check_names("NadamConfig", fields, [entry.name for entry in dataclasses.fields(cls)])
+        records: dict[str, Callable[..., Any]] = {"learning_rate": ScheduleConfig, "rule": Rule}
+        nested = {name: kind(**fields[name]) for name, kind in records.items() if isinstance(fields[name], Mapping)}
+        return cls(**{**fields, **nested})
 
 
-_NESTED: dict[str, Callable[..., Any]] = {"learning_rate": Schedule, "rule": Rule}
+def product_after(count: int, config: NadamConfig) -> float:
+    """The product of the momenta after a number of steps."""
+    return mu_product_after(count, config.b1, config.momentum_decay, parse_rule("rule", config.rule))
 
-_FIELDS: dict[str, tuple[type, Callable[[str, Any], object]]] = {
-    "learning_rate": (float, validation.check_finite),
-    "b1": (float, validation.check_decay),
-    "b2": (float, validation.check_decay),
-    "eps": (float, validation.check_not_negative),
-    "eps_root": (float, validation.check_not_negative),
-    "momentum_decay": (float, validation.check_not_negative),
-    "rule": (str, validation.check_rule),
-    "weight_decay": (float, validation.check_not_negative),
-    "coupled_weight_decay": (bool, validation.accept),
-    "max_learning_rate": (float, validation.check_positive),
-    "decay": (float, validation.check_not_negative),
-    "clip_value": (float, validation.check_positive),
-    "clip_norm": (float, validation.check_positive),
-    "clip_global_norm": (float, validation.check_positive),
-    "clip_update_rms": (float, validation.check_positive),
-    "caution": (bool, validation.accept),
-    "maximize": (bool, validation.accept),
-    "complex_as_real": (bool, validation.accept),
-    "accumulate_steps": (int, validation.check_positive),
-    "m_dtype": (str, validation.check_moment_dtype),
-    "v_dtype": (str, validation.check_moment_dtype),
-}
+
+def set_count(opt_state: Any, count: ArrayLike, config: NadamConfig) -> Any:
+    r"""The optimizer state as if it had taken a number of steps: the moments stay, all counters are set together.
+
+    The step of Nadam depends on the number of steps in two ways: ``count`` and the product of the momenta
+    :math:`P_t`. A count without its product makes another step.
+
+    Args:
+      opt_state: a state with one :class:`ScaleByNadamState` in it, at any depth; it is not changed.
+      count: steps taken, a whole number that is not negative.
+      config: the hyperparameters of the run, of which the product depends on ``b1``, ``momentum_decay`` and ``rule``.
+
+    Returns:
+      A new state. ``count`` and ``mu_product`` of Nadam are set, and the counters of learning rate and weight decay
+      schedules and of ``optax.inject_hyperparams``.
+
+    Raises:
+      ValueError: there is no Nadam state, or more than one; a negative count.
+      TypeError: a count that is no whole number.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_nadam
+      >>> config = optax_nadam.NadamConfig()
+      >>> state = optax_nadam.set_count(config.build().init(jnp.ones(2)), 10, config)
+      >>> nadam = optax_nadam.get_state(state)
+      >>> int(nadam.count), f"{nadam.mu_product:.6f}"
+      (10, '0.000344')
+    """
+    steps = validation.parse_count("count", count)
+    return put_count(opt_state, count=steps, mu_product=product_after(steps, config))

@@ -1,11 +1,11 @@
-"""The algorithm: its state, the update of a leaf, and the optimizers made of it.
+"""The algorithm: the update of a leaf, and the optimizers made of it.
 
-The way of a gradient is one line: checked while tracing, scalars from the rule, the leaf update, moments kept.
+The way of a gradient is one line: checked while tracing, scalars from the rule, the leaf update, moments stored.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import optax
@@ -13,46 +13,23 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_nadam import _validation as validation
-from optax_nadam._moments import Moment, averaged, real_dtype, with_parts, zero_m, zero_v
+from optax_nadam._leaves import complex_like, compute_dtype
+from optax_nadam._moments import Moment, average, parse_format, zero_m, zero_v
 from optax_nadam._quantized import is_quantized
-from optax_nadam._rounding import Chance
-from optax_nadam._rules import Coefficients, Hyperparameters, Rule, coefficients, rule_named, scalar_dtype
-
-
-class ScaleByNadamState(NamedTuple):
-    r"""State of Nadam. The field names are the format on disk and do not change.
-
-    Attributes:
-      count: steps taken, int32, shape ``()``; it stops at the largest int32.
-      mu_product: :math:`P_t`, the product of the momenta used so far, shape ``()``; float32, or float64 when
-        x64 is enabled.
-      m: mean of the gradients, a tree like the params; float32 for leaves of at most 32 bits, float64 for
-        float64 leaves, complex for complex ones; where ``m_dtype`` says so, bfloat16 or a :class:`Quantized` in
-        place of a leaf.
-      v: mean of the squared gradients, likewise; real for complex leaves.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in every Optax state
-    mu_product: jax.Array
-    m: optax.Updates
-    v: optax.Updates
-
-
-def get_state(opt_state: Any) -> ScaleByNadamState:
-    """The one Nadam state in an optimizer state, at any depth.
-
-    Raises:
-      ValueError: there is none, or more than one.
-    """
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_nadam) if is_nadam(s)]
-    if len(found) != 1:
-        raise ValueError(f"opt_state must hold one ScaleByNadamState, but holds {len(found)}.")
-    return found[0]
-
-
-def is_nadam(node: Any) -> bool:
-    """Whether a node of an optimizer state is Nadam's."""
-    return isinstance(node, ScaleByNadamState)
+from optax_nadam._rounding import RandomBits
+from optax_nadam._rules import (
+    Coefficients,
+    Hyperparameters,
+    Rule,
+    RuleName,
+    check_hyperparameters,
+    parse_rule,
+    scalar_dtype,
+    scalars_of_step,
+)
+from optax_nadam._schedules import ScheduleConfig, parse_learning_rate
+from optax_nadam._state import ScaleByNadamState
+from optax_nadam._wrappers import chain
 
 
 def scale_by_nadam(
@@ -62,13 +39,13 @@ def scale_by_nadam(
     eps_root: ArrayLike = 0.0,
     *,
     momentum_decay: ArrayLike = 4e-3,
-    rule: str | Rule = "scheduled",
+    rule: RuleName | Rule = "scheduled",
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by Nadam's step, without learning rate or sign.
 
-    With :math:`t` counted from 1 and every dialect's scalars :math:`a_t, c^g_t, c^m_t, c^v_t` (table below),
+    With :math:`t` counted from 1 and every variant's scalars :math:`a_t, c^g_t, c^m_t, c^v_t` (below),
 
     .. math::
 
@@ -76,17 +53,30 @@ def scale_by_nadam(
       v_t &= \beta_2 v_{t-1} + (1 - \beta_2) |g_t|^2 \\
       u_t &= (c^g_t g_t + c^m_t m_t) / (\sqrt{c^v_t v_t + \bar\varepsilon} + \varepsilon)
 
-    where :math:`\mu_t = \beta_1 (1 - \tfrac12\, 0.96^{\psi t})`, but :math:`\mu_t = \beta_1` for ``constant`` and
-    ``simplified``, :math:`P_t = \mu_1 \cdots \mu_t` and
+    where :math:`\mu_t = \beta_1 (1 - \tfrac12\, 0.96^{\psi t})` for ``scheduled``, ``dozat2016``, ``torch1`` and
+    ``loss_scaled`` and :math:`\mu_t = \beta_1` for the others; :math:`P_t = \mu_1 \cdots \mu_t` and
+    :math:`P_{t+1} = P_t\, \mu_{t+1}`, but :math:`P_t = \mu_t` for ``loss_scaled``; :math:`a_t = \beta_1`, but
+    :math:`a_t = \mu_t` for ``dozat2016``; and
 
-    ============== =============== ========================= ============================= =============================
-    rule           :math:`a_t`     :math:`c^g_t`             :math:`c^m_t`                 :math:`c^v_t`
-    ============== =============== ========================= ============================= =============================
-    ``scheduled``  :math:`\beta_1` :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})` :math:`1/(1-\beta_2^t)`
-    ``constant``   :math:`\beta_1` :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})` :math:`1/(1-\beta_2^t)`
-    ``simplified`` :math:`\beta_1` :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_t)`     :math:`1/(1-\beta_2^t)`
-    ``dozat2016``  :math:`\mu_t`   :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})` :math:`\beta_2/(1-\beta_2^t)`
-    ============== =============== ========================= ============================= =============================
+    =============== ========================= =================================== =============================
+    rule            :math:`c^g_t`             :math:`c^m_t`                       :math:`c^v_t`
+    =============== ========================= =================================== =============================
+    ``scheduled``   :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})`       :math:`1/(1-\beta_2^t)`
+    ``constant``    :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})`       :math:`1/(1-\beta_2^t)`
+    ``simplified``  :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_t)`           :math:`1/(1-\beta_2^t)`
+    ``dozat2016``   :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})`       :math:`\beta_2/(1-\beta_2^t)`
+    ``adam``        :math:`0`                 :math:`1/(1-P_t)`                   :math:`1/(1-\beta_2^t)`
+    ``torch1``      :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-\mu_t P_{t+1})` :math:`1/(1-\beta_2^t)`
+    ``loss_scaled`` :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})`       :math:`1/(1-\beta_2^t)`
+    ``eps_hat``     :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_t)`           :math:`1/(1-\beta_2^t)`
+    ``undebiased``  :math:`1-\mu_t`           :math:`\mu_{t+1}`                   :math:`1`
+    ``flux``        :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})`       :math:`\beta_2/(1-\beta_2^t)`
+    =============== ========================= =================================== =============================
+
+    and ``eps_hat`` has :math:`\varepsilon_t = \varepsilon / \sqrt{1-\beta_2^t}`. Whose rule each is: ``scheduled``
+    tf.keras, Keras 3 and PyTorch, ``constant`` Optax, ``simplified`` timm and AlgoPerf, ``dozat2016`` the paper,
+    ``adam`` Adam (no look-ahead), ``torch1`` PyTorch 1.10 to 1.13, ``loss_scaled`` Keras 3 under a LossScaleOptimizer
+    in JAX, ``eps_hat`` tf.contrib, ``undebiased`` AlgoPerf with ``debias=False``, ``flux`` Flux and Optimisers.jl.
 
     Each leaf is computed in float32, or in float64 if it has 64-bit parts; the update has the gradient's dtype.
     Leaves that are ``None`` or ``optax.MaskedNode`` pass through. Complex leaves have a real ``v``. With ``eps`` above
@@ -100,16 +90,15 @@ def scale_by_nadam(
       eps_root: :math:`\bar\varepsilon \ge 0`, added under the root; in units of the squared gradient. Above zero it
         makes the update differentiable where gradients are zero.
       momentum_decay: :math:`\psi \ge 0`, how fast the momentum rises from :math:`\beta_1/2` to
-        :math:`\beta_1`, per step: 0.004 in tf.keras up to 2.10 and in PyTorch, 1 in Keras 3. Read by ``scheduled``
-        and ``dozat2016`` only.
-      rule: the dialect: ``"scheduled"`` (tf.keras up to 2.10, Keras 3, PyTorch), ``"constant"`` (Optax),
-        ``"simplified"`` (timm, AlgoPerf) or ``"dozat2016"`` (the paper).
-      m_dtype: how ``m`` is kept. None: float32, and float64 on leaves with 64-bit parts; ``"float32"``, ``"float64"``:
-        that (its parts, for complex leaves). ``"bfloat16"``: 2 bytes a parameter. ``"int8"``: a byte, and a scale for
-        each row, a :class:`Quantized`; leaves under 1024 elements stay as they are. The narrow ones are rounded up or
-        down by chance, so that they are right in the mean; the chance is a function of step and position, the same
-        in every run and on any devices. The ``m`` of complex leaves is not made narrow.
-      v_dtype: how ``v`` is kept, likewise.
+        :math:`\beta_1`, per step: 0.004 in tf.keras up to 2.10 and in PyTorch, 1 in Keras 3. Without effect where
+        :math:`\mu_t = \beta_1`.
+      rule: the variant, by its name in the table, or a :class:`Rule` of your own.
+      m_dtype: the format ``m`` is stored in. None: float32, and float64 for leaves with 64-bit parts; ``"float32"``,
+        ``"float64"``: that (its parts, for complex leaves). ``"bfloat16"``: 2 bytes a parameter. ``"int8"``: a byte,
+        and a scale for each row, a :class:`Quantized`; leaves under 1024 elements stay float32. Both narrow formats
+        are stochastically rounded, unbiased; the random bits are a function of step and position, the same in every
+        run and on any number of devices. The ``m`` of complex leaves is not stored in 8 bits.
+      v_dtype: the format ``v`` is stored in, likewise.
 
     All numbers may also be scalar arrays, traced or not. Python numbers are used in double precision and checked.
 
@@ -138,19 +127,17 @@ def scale_by_nadam(
       <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016.
     """
     h = Hyperparameters(b1, b2, eps, eps_root, momentum_decay)
-    validation.check_hyperparameters(h)
-    validation.check_moment_dtype("m_dtype", m_dtype)
-    validation.check_moment_dtype("v_dtype", v_dtype)
-    validation.check_rule("rule", rule)
-    dialect = rule_named(rule)
+    check_hyperparameters(h)
+    m_format, v_format = parse_format("m_dtype", m_dtype), parse_format("v_dtype", v_dtype)
+    variant = parse_rule("rule", rule)
 
     def init(params: optax.Params) -> ScaleByNadamState:
         validation.check_leaves("params", params)
         return ScaleByNadamState(
             count=jnp.zeros((), jnp.int32),
             mu_product=jnp.ones((), scalar_dtype()),
-            m=jax.tree.map(lambda p: zero_m(p, m_dtype), params),
-            v=jax.tree.map(lambda p: zero_v(p, v_dtype), params),
+            m=jax.tree.map(lambda p: zero_m(p, m_format), params),
+            v=jax.tree.map(lambda p: zero_v(p, v_format), params),
         )
 
     def update(
@@ -161,14 +148,14 @@ def scale_by_nadam(
     ) -> tuple[optax.Updates, ScaleByNadamState]:
         del extra_args
         validation.check_state("scale_by_nadam", state, ScaleByNadamState)
-        validation.check_like_state("gradients", updates, state.m)
+        validation.check_like_moments("gradients", updates, state.m)
         if params is not None:
-            validation.check_like_state("params", params, state.m)
+            validation.check_like_moments("params", params, state.m)
         with jax.named_scope("nadam"):
             count = optax.safe_increment(state.count)
-            c, mu_product = coefficients(dialect, count, state.mu_product, h)
+            mu_product, c = scalars_of_step(variant, count, state.mu_product, h)
             leaves = zip(*(jax.tree.leaves(tree, is_quantized) for tree in (updates, state.m, state.v)), strict=True)
-            stepped = [_update_leaf(g, m, v, c, count, dialect.power) for g, m, v in leaves]
+            stepped = [_update_leaf(g, m, v, c, count, variant.power) for g, m, v in leaves]
         u, m, v = _unzip(jax.tree.structure(updates), stepped)
         return u, ScaleByNadamState(count, mu_product.astype(state.mu_product.dtype), m, v)
 
@@ -180,15 +167,14 @@ def _update_leaf(
     g: jax.Array, m: Moment, v: Moment, c: Coefficients, step: jax.Array, power: float
 ) -> tuple[jax.Array, Moment, Moment]:
     """One step of one leaf; traced once for all leaves of a shape."""
-    real = real_dtype(g, m, v)
-    whole = with_parts(real, g)
+    real = compute_dtype(g, m, v)
     c = Coefficients(*(x.astype(real) for x in c))
+    grad = g.astype(complex_like(real, g))
 
-    grad = g.astype(whole)
-    m_new, m_kept = averaged(m, grad, c.m_weight, Chance(step, 0))
-    v_new, v_kept = averaged(v, _abs_squared(grad), c.v_weight, Chance(step, 1))
-    u = direction(grad, m_new, v_new, c, power)
-    return u.astype(g.dtype), m_kept, v_kept
+    m_t, m_stored = average(m, grad, c.m_weight, RandomBits.for_m(step))
+    v_t, v_stored = average(v, _abs_squared(grad), c.v_weight, RandomBits.for_v(step))
+    u = direction(grad, m_t, v_t, c, power)
+    return u.astype(g.dtype), m_stored, v_stored
 
 
 def direction(g: jax.Array, m: jax.Array, v: jax.Array, c: Coefficients, power: float) -> jax.Array:
@@ -213,14 +199,14 @@ def _unzip(treedef: Any, triples: list[tuple[jax.Array, Moment, Moment]]) -> tup
 
 
 def nadam(
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    learning_rate: optax.ScalarOrSchedule | ScheduleConfig = 1e-3,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-7,
     eps_root: ArrayLike = 0.0,
     *,
     momentum_decay: ArrayLike = 4e-3,
-    rule: str | Rule = "scheduled",
+    rule: RuleName | Rule = "scheduled",
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -233,16 +219,16 @@ def nadam(
     with :math:`u_t` from :func:`scale_by_nadam`.
 
     Args:
-      learning_rate: :math:`\alpha`, a number, a scalar array, or a schedule that maps the steps taken so far,
-        0 at first, to a number.
+      learning_rate: :math:`\alpha`, a number, a scalar array, a :class:`ScheduleConfig`, or a schedule that maps the
+        steps taken so far, 0 at first, to a number.
       b1: see :func:`scale_by_nadam`, as all that follow.
       b2: decay of the second moment, in [0, 1).
       eps: added to the root, not negative.
       eps_root: added under the root, not negative.
       momentum_decay: how fast the momentum rises, per step, not negative.
-      rule: the dialect.
-      m_dtype: how the first moment is kept.
-      v_dtype: how the second moment is kept.
+      rule: the variant.
+      m_dtype: the format the first moment is stored in.
+      v_dtype: the format the second moment is stored in.
 
     Returns:
       A gradient transformation.
@@ -264,25 +250,25 @@ def nadam(
       >>> float(loss(x)) < 1e-3
       True
     """
-    validation.check_learning_rate(learning_rate)
-    return _chain(
+    alpha = parse_learning_rate(learning_rate)
+    return chain(
         "nadam",
         scale_by_nadam(
             b1, b2, eps, eps_root, momentum_decay=momentum_decay, rule=rule, m_dtype=m_dtype, v_dtype=v_dtype
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(alpha),
     )
 
 
 def nadamw(
-    learning_rate: optax.ScalarOrSchedule = 1e-3,
+    learning_rate: optax.ScalarOrSchedule | ScheduleConfig = 1e-3,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-7,
     eps_root: ArrayLike = 0.0,
     *,
     momentum_decay: ArrayLike = 4e-3,
-    rule: str | Rule = "scheduled",
+    rule: RuleName | Rule = "scheduled",
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
     weight_decay: ArrayLike = 1e-4,
@@ -303,9 +289,9 @@ def nadamw(
       eps: added to the root, not negative.
       eps_root: added under the root, not negative.
       momentum_decay: how fast the momentum rises, per step, not negative.
-      rule: the dialect.
-      m_dtype: how the first moment is kept.
-      v_dtype: how the second moment is kept.
+      rule: the variant.
+      m_dtype: the format the first moment is stored in.
+      v_dtype: the format the second moment is stored in.
       weight_decay: :math:`\lambda \ge 0`, in units of the update; it is multiplied by the learning rate.
       mask: a tree of booleans like the params, a prefix of it, or a function from params to one: the leaves
         that decay. None for all.
@@ -330,26 +316,13 @@ def nadamw(
     References:
       Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019.
     """
-    validation.check_learning_rate(learning_rate)
+    alpha = parse_learning_rate(learning_rate)
     validation.check_not_negative("weight_decay", weight_decay)
-    return _chain(
+    return chain(
         "nadamw",
         scale_by_nadam(
             b1, b2, eps, eps_root, momentum_decay=momentum_decay, rule=rule, m_dtype=m_dtype, v_dtype=v_dtype
         ),
         optax.add_decayed_weights(weight_decay, mask),
-        optax.scale_by_learning_rate(learning_rate),
+        optax.scale_by_learning_rate(alpha),
     )
-
-
-def _chain(name: str, *links: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``optax.chain``, which says whose state it got when it gets another optimizer's."""
-    chained = optax.chain(*links)
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, optax.OptState]:
-        validation.check_chain_state(name, state, ScaleByNadamState, len(links))
-        return chained.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(chained.init, update)

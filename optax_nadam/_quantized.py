@@ -1,4 +1,4 @@
-"""Moments of a byte an element: codes on a curve, and a scale for each row."""
+"""The 8-bit format of a moment: codes on a curve, and a scale for each row."""
 
 import math
 from collections.abc import Callable
@@ -9,21 +9,25 @@ from jax import lax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
-from optax_nadam._rounding import Chance
+from optax_nadam._leaves import zeros_like
+from optax_nadam._rounding import RandomBits
+
+MIN_SIZE = 1024  # elements of a leaf for which 8 bits pay
+_ROW_SIZE = 64  # elements of a row, at least
 
 
-class Law(NamedTuple):
+class Curve(NamedTuple):
     """How codes stand for numbers: the largest code, the power and the root that undoes it, whether there is a sign."""
 
-    top: float
+    max_code: float
     power: int
     root: Callable[[jax.Array], jax.Array]
     signed: bool
 
 
-_LAWS = {
-    jnp.dtype(jnp.int8): Law(127.0, 2, jnp.sqrt, signed=True),
-    jnp.dtype(jnp.uint8): Law(255.0, 4, lambda x: jnp.sqrt(jnp.sqrt(x)), signed=False),
+_CURVES = {
+    jnp.dtype(jnp.int8): Curve(127.0, 2, jnp.sqrt, signed=True),
+    jnp.dtype(jnp.uint8): Curve(255.0, 4, lambda x: jnp.sqrt(jnp.sqrt(x)), signed=False),
 }
 
 
@@ -31,8 +35,8 @@ class Quantized(NamedTuple):
     r"""A moment of one byte an element: :math:`x_i = \operatorname{sign}(k_i)\, (|k_i| / K)^p\, s_{row(i)}`.
 
     The codes :math:`k` of a first moment are signed, with :math:`K = 127, p = 2`; those of a second moment are not,
-    with :math:`K = 255, p = 4`. So both ``m`` and the root of ``v`` keep small values beside large ones. A row is as
-    many of the last axes as it takes to hold 64 elements, most often the last one. The field names are the format
+    with :math:`K = 255, p = 4`. So both ``m`` and the root of ``v`` resolve small values beside large ones. A row is
+    as many of the last axes as it takes to hold 64 elements, most often the last one. The field names are the format
     on disk and do not change.
 
     Attributes:
@@ -53,15 +57,11 @@ class Quantized(NamedTuple):
         """The dtype of the scale, whose range is that of the moment."""
         return self.scale.dtype
 
-    def decoded(self, dtype: DTypeLike) -> jax.Array:
+    def decode(self, dtype: DTypeLike) -> jax.Array:
         """The numbers that the codes stand for."""
-        law = _LAWS[self.codes.dtype]
-        root = self.codes.astype(dtype) / law.top
-        return root * jnp.abs(root) ** (law.power - 1) * _on_rows(self.scale.astype(dtype), self.shape)
-
-
-SMALLEST = 1024  # elements of a leaf for which it pays
-_ROW = 64  # elements of a row, at least
+        curve = _CURVES[self.codes.dtype]
+        root = self.codes.astype(dtype) / curve.max_code
+        return root * jnp.abs(root) ** (curve.power - 1) * _over_rows(self.scale.astype(dtype), self.shape)
 
 
 def is_quantized(node: Any) -> bool:
@@ -69,26 +69,27 @@ def is_quantized(node: Any) -> bool:
     return isinstance(node, Quantized)
 
 
-def encoded(value: jax.Array, like: Quantized, chance: Chance) -> Quantized:
-    """Codes of one or the other neighbour, by chance, right in the mean.
+def zero_quantized(param: Any, codes_dtype: DTypeLike) -> Quantized:
+    """Codes and scales of zeros, laid out like the parameter."""
+    codes = zeros_like(param, codes_dtype)
+    return Quantized(codes, codes.max(_row_axes(codes.shape)).astype(jnp.bfloat16))
+
+
+def quantize(value: jax.Array, like: Quantized, bits: RandomBits) -> Quantized:
+    """Numbers as codes of the same kind as another's, stochastically rounded, unbiased.
 
     A second moment is never rounded to zero: under the root, that would let the next step be as long as eps allows.
     """
-    law = _LAWS[like.codes.dtype]
+    curve = _CURVES[like.codes.dtype]
     scale = _next_bfloat16(jnp.abs(value).max(_row_axes(value.shape)))
-    whole = _on_rows(scale.astype(value.dtype), value.shape)
-    share = jnp.where(whole > 0, jnp.abs(value) / whole, 0)
-    below = jnp.floor(law.top * law.root(share))
-    low, high = below**law.power, (below + 1) ** law.power
-    threshold = (chance.bits(value.shape).astype(value.dtype) + 0.5) / 2**16
-    code = below + (share * law.top**law.power - low > threshold * (high - low)).astype(value.dtype)
-    signed = jnp.copysign(code, value) if law.signed else jnp.maximum(code, 1)
+    row_max = _over_rows(scale.astype(value.dtype), value.shape)
+    fraction = jnp.where(row_max > 0, jnp.abs(value) / row_max, 0)
+    below = jnp.floor(curve.max_code * curve.root(fraction))
+    low, high = below**curve.power, (below + 1) ** curve.power
+    threshold = (bits.draw(value.shape).astype(value.dtype) + 0.5) / 2**16
+    code = below + (fraction * curve.max_code**curve.power - low > threshold * (high - low)).astype(value.dtype)
+    signed = jnp.copysign(code, value) if curve.signed else jnp.maximum(code, 1)
     return Quantized(signed.astype(like.codes.dtype), scale)
-
-
-def zero_scale(codes: jax.Array) -> jax.Array:
-    """The scales of zeros, laid out like the codes."""
-    return codes.max(_row_axes(codes.shape)).astype(jnp.bfloat16)
 
 
 def _next_bfloat16(x: jax.Array) -> jax.Array:
@@ -97,12 +98,12 @@ def _next_bfloat16(x: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
-def _on_rows(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def _over_rows(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """A scale of every row as an array that broadcasts against the leaf."""
     return jnp.expand_dims(scale, _row_axes(shape))
 
 
 def _row_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes that a scale is for: as many of the last as hold 64 elements."""
-    first = next(k for k in reversed(range(len(shape))) if math.prod(shape[k:]) >= _ROW)
+    first = next(k for k in reversed(range(len(shape))) if math.prod(shape[k:]) >= _ROW_SIZE)
     return tuple(range(first, len(shape)))

@@ -1,25 +1,26 @@
-r"""A rule per dialect: from the step number to the scalars of one update.
+r"""A rule per variant: from the step number to the scalars of one update.
 
 "Nadam" names several optimizers. All of them make the same leaf update (``_nadam.py``) and differ in a
-few scalars that are formed once a step, here. A :class:`Rule` is the data that tells one dialect from
-another; :func:`coefficients` turns it, the step and the hyperparameters into the scalars.
+few scalars that are formed once a step, here. A :class:`Rule` is the data that tells one variant from
+another; :func:`product_at` and :func:`coefficients_at` turn it, the step and the hyperparameters into the scalars.
 
 Two cares run through this file. Differences of nearly equal numbers are never formed: :math:`1-\mu_t`,
-:math:`1-P_t` and :math:`1-\beta^t` are computed as such. And everything that can be had from a Python
-number is had in double precision, before it meets an array.
+:math:`1-P_t` and :math:`1-\beta^t` are computed as such. And everything that can be computed from Python
+numbers is computed in double precision, before it meets an array.
 """
 
 import dataclasses
-import enum
 import functools
 import math
-import numbers
-from typing import Any, NamedTuple, TypeGuard
+import typing
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax import numpy as jnp
 from jax.typing import ArrayLike
+
+from optax_nadam import _validation as validation
 
 _LOG_096 = math.log(0.96)
 # The product of more momenta than this is zero in float32, for any b1 up to .99999.
@@ -34,6 +35,15 @@ class Hyperparameters(NamedTuple):
     eps: ArrayLike
     eps_root: ArrayLike
     momentum_decay: ArrayLike
+
+
+def check_hyperparameters(h: Hyperparameters) -> None:
+    """Rejects Python numbers out of range and what is no scalar."""
+    validation.check_decay("b1", h.b1)
+    validation.check_decay("b2", h.b2)
+    validation.check_not_negative("eps", h.eps)
+    validation.check_not_negative("eps_root", h.eps_root)
+    validation.check_not_negative("momentum_decay", h.momentum_decay)
 
 
 class Coefficients(NamedTuple):
@@ -58,91 +68,108 @@ class Coefficients(NamedTuple):
     eps: jax.Array
 
 
-class Correction(enum.StrEnum):
-    r"""What a moment is divided by, to undo its start from zero.
-
-    For ``m`` (the gradient beside it is divided by :math:`1 - P_t`, or by nothing where ``m`` is):
-
-    * ``NEXT``: :math:`1 - P_{t+1}`, the product that the look-ahead momentum belongs to.
-    * ``CURRENT``: :math:`1 - P_t`.
-    * ``TWICE``: :math:`1 - P_t \mu_t \mu_{t+1}`, where torch before 2.0 took :math:`\mu_t` in twice.
-    * ``NONE``: nothing.
-
-    For ``v``:
-
-    * ``CURRENT``: :math:`1 - \beta_2^t`.
-    * ``NEXT``: :math:`(1 - \beta_2^t) / \beta_2`: its own decay, one step ahead.
-    * ``NONE``: nothing.
-    """
-
-    NEXT = "next"
-    CURRENT = "current"
-    TWICE = "twice"
-    NONE = "none"
+MCorrection = Literal["next", "current", "twice", "none"]
+VCorrection = Literal["current", "next", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    r"""What tells one dialect of Nadam from another.
+    r"""What tells one variant of Nadam from another: static data, from which the scalars of a step are formed.
 
     Attributes:
       warmup: :math:`\mu_t = \beta_1 (1 - \tfrac12 0.96^{\psi t})`; otherwise :math:`\mu_t = \beta_1`.
       keeps_product: :math:`P_t = P_{t-1} \mu_t`; otherwise :math:`P_t = \mu_t`.
+      look_ahead: the update is :math:`\mu_{t+1}` of ``m`` and :math:`1 - \mu_t` of the gradient, each debiased;
+        otherwise ``m`` alone, as in Adam.
       m_by_momentum: ``m`` decays by :math:`\mu_t`; otherwise by :math:`\beta_1`.
-      m_correction: how ``m`` is debiased.
-      v_correction: how ``v`` is debiased.
+      m_correction: what ``m`` is divided by, to undo its start from zero: :math:`1 - P_{t+1}` (``"next"``, the product
+        that the look-ahead momentum belongs to), :math:`1 - P_t` (``"current"``), :math:`1 - P_t \mu_t \mu_{t+1}`
+        (``"twice"``: PyTorch before 2.0) or nothing (``"none"``). The gradient beside it is divided by
+        :math:`1 - P_t`, or by nothing where ``m`` is.
+      v_correction: what ``v`` is divided by: :math:`1 - \beta_2^t` (``"current"``), :math:`(1 - \beta_2^t) / \beta_2`
+        (``"next"``) or nothing (``"none"``).
       eps_hat: epsilon is added before ``v`` is debiased: :math:`\varepsilon_t = \varepsilon / \sqrt{1-\beta_2^t}`.
-      power: of the debiased ``v`` in the denominator: the square root.
+      power: of the debiased ``v`` in the denominator, positive; 0.5 is the square root.
+
+    Raises:
+      ValueError: a correction that is not one of those above, or a power that is not positive and finite.
+      TypeError: a power that is no number, or another value that is no boolean.
+
+    Examples:
+      >>> import optax_nadam
+      >>> cube_root = optax_nadam.Rule(warmup=False, power=1 / 3)
+      >>> tx = optax_nadam.nadam(rule=cube_root)
     """
 
     warmup: bool = True
     keeps_product: bool = True
+    look_ahead: bool = True
     m_by_momentum: bool = False
-    m_correction: Correction = Correction.NEXT
-    v_correction: Correction = Correction.CURRENT
+    m_correction: MCorrection = "next"
+    v_correction: VCorrection = "current"
     eps_hat: bool = False
     power: float = 0.5
 
     def __post_init__(self) -> None:
-        """Takes corrections by their names too, as they come from JSON."""
-        object.__setattr__(self, "m_correction", Correction(self.m_correction))
-        object.__setattr__(self, "v_correction", Correction(self.v_correction))
+        """Rejects what no step could be formed from."""
+        for name in ("warmup", "keeps_product", "look_ahead", "m_by_momentum", "eps_hat"):
+            validation.check_bool(name, getattr(self, name))
+        validation.check_choice("m_correction", self.m_correction, typing.get_args(MCorrection))
+        validation.check_choice("v_correction", self.v_correction, typing.get_args(VCorrection))
+        validation.check_positive("power", self.power)
 
 
-_SIMPLIFIED = Rule(warmup=False, m_correction=Correction.CURRENT)
+RuleName = Literal[
+    "scheduled",
+    "constant",
+    "simplified",
+    "dozat2016",
+    "adam",
+    "torch1",
+    "loss_scaled",
+    "eps_hat",
+    "undebiased",
+    "flux",
+]
 
-RULES = {
+_SIMPLIFIED = Rule(warmup=False, m_correction="current")
+
+RULES: dict[str, Rule] = {
     "scheduled": Rule(),
     "constant": Rule(warmup=False),
     "simplified": _SIMPLIFIED,
-    "dozat2016": Rule(m_by_momentum=True, v_correction=Correction.NEXT),
-    "torch1": Rule(m_correction=Correction.TWICE),
+    "dozat2016": Rule(m_by_momentum=True, v_correction="next"),
+    "adam": dataclasses.replace(_SIMPLIFIED, look_ahead=False),
+    "torch1": Rule(m_correction="twice"),
     "loss_scaled": Rule(keeps_product=False),
     "eps_hat": dataclasses.replace(_SIMPLIFIED, eps_hat=True),
-    "undebiased": Rule(warmup=False, m_correction=Correction.NONE, v_correction=Correction.NONE),
-    "flux": Rule(warmup=False, v_correction=Correction.NEXT),
+    "undebiased": Rule(warmup=False, m_correction="none", v_correction="none"),
+    "flux": Rule(warmup=False, v_correction="next"),
 }
 
 
-def rule_named(rule: str | Rule) -> Rule:
-    """The rule, whether it is given itself or by its name."""
-    return RULES[rule] if isinstance(rule, str) else rule
+def parse_rule(name: str, value: Any) -> Rule:
+    """The rule, given itself or by its name."""
+    if isinstance(value, Rule):
+        return value
+    validation.check_choice(name, value, RULES)
+    return RULES[value]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Factor:
+class Factor:
     """A number in [0, 1] and its distance from 1, each to full precision."""
 
     value: ArrayLike
     complement: ArrayLike
 
-    def __mul__(self, other: "_Factor") -> "_Factor":
-        return _Factor(self.value * other.value, self.complement + self.value * other.complement)
+    @classmethod
+    def of(cls, value: jax.Array) -> "Factor":
+        """The factor of a rounded number."""
+        return cls(value, 1 - value)
 
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a hyperparameter is a Python (or NumPy) number: a constant, that can be checked."""
-    return isinstance(value, numbers.Real)
+    def __mul__(self, other: "Factor") -> "Factor":
+        return Factor(self.value * other.value, self.complement + self.value * other.complement)
 
 
 def scalar_dtype() -> jnp.dtype:
@@ -150,84 +177,86 @@ def scalar_dtype() -> jnp.dtype:
     return jnp.result_type(float)
 
 
-def coefficients(
+def scalars_of_step(
     rule: Rule, step: jax.Array, mu_product: jax.Array, hyperparameters: Hyperparameters
-) -> tuple[Coefficients, jax.Array]:
-    r"""The scalars of step :math:`t`, and the product of the momenta up to and including it.
+) -> tuple[jax.Array, Coefficients]:
+    r"""The product of the momenta up to and including step :math:`t`, and the coefficients of that step.
 
     Args:
-      rule: the dialect.
+      rule: the variant.
       step: :math:`t \ge 1`, an integer scalar.
       mu_product: :math:`P_{t-1}`, a scalar of :func:`scalar_dtype`.
       hyperparameters: Python numbers become constants of the compiled function, arrays its arguments.
 
     Returns:
-      The coefficients and :math:`P_t`.
+      :math:`P_t` and the coefficients.
     """
     named = hyperparameters._asdict()
-    constants = {k: float(x) for k, x in named.items() if is_number(x)}
+    constants = {k: float(x) for k, x in named.items() if validation.is_number(x)}
     arrays = {k: x for k, x in named.items() if k not in constants}
-    return _coefficients(rule, tuple(constants.items()), step, mu_product, arrays)
+    return _scalars_of_step(rule, tuple(constants.items()), step, mu_product, arrays)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _coefficients(
+def _scalars_of_step(
     rule: Rule,
     constants: tuple[tuple[str, float], ...],
     step: jax.Array,
     mu_product: jax.Array,
     arrays: dict[str, ArrayLike],
-) -> tuple[Coefficients, jax.Array]:
+) -> tuple[jax.Array, Coefficients]:
     dtype = scalar_dtype()
     # optax.inject_hyperparams makes numbers complex where the params are.
     scalars = {k: jnp.real(x).astype(dtype) for k, x in arrays.items()}
     h = Hyperparameters(**dict(constants), **scalars)
-    t, previous = step.astype(dtype), mu_product.astype(dtype)
+    t = step.astype(dtype)
+    product = product_at(rule, t, mu_product.astype(dtype), h)
+    return jnp.asarray(product.value, dtype), coefficients_at(rule, t, product, h)
 
+
+def product_at(rule: Rule, t: jax.Array, previous: jax.Array, h: Hyperparameters) -> Factor:
+    r"""The product of the momenta, :math:`P_t`, from :math:`P_{t-1}`."""
+    if not rule.warmup:
+        return _power(h.b1, t)
+    mu = momentum_at(t, h, rule)
+    return mu * Factor.of(previous) if rule.keeps_product else mu
+
+
+def coefficients_at(rule: Rule, t: jax.Array, product: Factor, h: Hyperparameters) -> Coefficients:
+    r"""The coefficients of step :math:`t`, from the product of the momenta up to and including it."""
     mu, next_mu = momentum_at(t, h, rule), momentum_at(t + 1, h, rule)
-    product, next_product = _products(rule, mu, next_mu, previous, t, h)
+    next_product = next_mu * product
     v_decay = _power(h.b2, t)
 
     g_debias, m_debias = {
-        Correction.NEXT: (product.complement, next_product.complement),
-        Correction.CURRENT: (product.complement, product.complement),
-        Correction.TWICE: (product.complement, (mu * next_product).complement),
-        Correction.NONE: (1.0, 1.0),
+        "next": (product.complement, next_product.complement),
+        "current": (product.complement, product.complement),
+        "twice": (product.complement, (mu * next_product).complement),
+        "none": (1.0, 1.0),
     }[rule.m_correction]
     cv = {
-        Correction.NEXT: h.b2 / v_decay.complement,
-        Correction.CURRENT: 1 / v_decay.complement,
-        Correction.NONE: 1.0,
+        "current": 1 / v_decay.complement,
+        "next": h.b2 / v_decay.complement,
+        "none": 1.0,
     }[rule.v_correction]
 
-    scalar = functools.partial(jnp.asarray, dtype=dtype)
-    c = Coefficients(
+    scalar = functools.partial(jnp.asarray, dtype=scalar_dtype())
+    return Coefficients(
         m_weight=scalar(mu.complement if rule.m_by_momentum else 1 - h.b1),
         v_weight=scalar(1 - h.b2),
-        cg=scalar(mu.complement / g_debias),
-        cm=scalar(next_mu.value / m_debias),
+        cg=scalar(mu.complement / g_debias if rule.look_ahead else 0.0),
+        cm=scalar((next_mu.value if rule.look_ahead else 1.0) / m_debias),
         cv=scalar(cv),
         eps_root=scalar(h.eps_root),
         eps=scalar(h.eps / jnp.sqrt(v_decay.complement) if rule.eps_hat else h.eps),
     )
-    return c, scalar(product.value)
 
 
-def _products(
-    rule: Rule, mu: _Factor, next_mu: _Factor, previous: jax.Array, t: jax.Array, h: Hyperparameters
-) -> tuple[_Factor, _Factor]:
-    r"""The products of the momenta up to this step and up to the next, :math:`P_t` and :math:`P_{t+1}`."""
-    if not rule.warmup:
-        return _power(h.b1, t), _power(h.b1, t + 1)
-    product = mu * _Factor(previous, 1 - previous) if rule.keeps_product else mu
-    return product, next_mu * product
-
-
-def momentum_at(step: jax.Array | np.ndarray, h: Hyperparameters, rule: Rule) -> _Factor:
+def momentum_at(step: jax.Array | np.ndarray, h: Hyperparameters, rule: Rule) -> Factor:
     r"""Momentum at a step, :math:`\mu_t = \beta_1 (1 - \tfrac12 0.96^{\psi t})` or :math:`\beta_1`."""
     exp = np.exp if isinstance(step, np.ndarray) else jnp.exp
     withheld = 0.5 * exp(_LOG_096 * h.momentum_decay * step) if rule.warmup else 0.0
-    return _Factor(h.b1 * (1 - withheld), (1 - h.b1) + h.b1 * withheld)
+    return Factor(h.b1 * (1 - withheld), (1 - h.b1) + h.b1 * withheld)
 
 
 def mu_product_after(count: int, b1: float, momentum_decay: float, rule: Rule) -> float:
@@ -240,10 +269,10 @@ def mu_product_after(count: int, b1: float, momentum_decay: float, rule: Rule) -
     return float(np.prod(momentum_at(steps, h, rule).value))
 
 
-def _power(base: ArrayLike, exponent: jax.Array) -> _Factor:
+def _power(base: ArrayLike, exponent: jax.Array) -> Factor:
     r""":math:`b^t` and :math:`1 - b^t` for :math:`0 \le b < 1` and :math:`t \ge 1`."""
     x = exponent * _log(base)
-    return _Factor(jnp.exp(x), -_expm1(x))
+    return Factor(jnp.exp(x), -_expm1(x))
 
 
 def _log(base: ArrayLike) -> ArrayLike:

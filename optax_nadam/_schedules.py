@@ -1,6 +1,6 @@
 """Learning rate schedules as data: a name and arguments, that build an Optax schedule.
 
-What Optax has is called; what it has not (restarts without end, cycles, inverse time) is written here. A schedule
+What Optax has is called; what it lacks (restarts without end, cycles, inverse time) is written here. A schedule
 maps the steps taken so far, 0 at first, to the learning rate.
 """
 
@@ -11,51 +11,109 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax import numpy as jnp
 from jax.typing import ArrayLike
 
+from optax_nadam import _validation as validation
+
+_NOT_A_LEARNING_RATE = (
+    "learning_rate must be a number, a scalar array, an optax.Schedule or an optax_nadam.ScheduleConfig, got {value!r}."
+)
+
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
-    """A learning rate schedule by name.
+class ScheduleConfig:
+    """A learning rate schedule as data: a name and arguments. It is accepted wherever a learning rate is.
+
+    ============================= ====================================================================================
+    name                          arguments
+    ============================= ====================================================================================
+    ``exponential_decay``         ``initial_learning_rate, decay_steps, decay_rate, staircase=False``
+    ``inverse_time_decay``        ``initial_learning_rate, decay_steps, decay_rate, staircase=False``
+    ``polynomial_decay``          ``initial_learning_rate, decay_steps, end_learning_rate=1e-4, power=1.0, cycle=False``
+    ``piecewise_constant``        ``boundaries, values``
+    ``cosine_decay``              ``initial_learning_rate, decay_steps, alpha=0.0, warmup_target=None, warmup_steps=0``
+    ``cosine_decay_restarts``     ``initial_learning_rate, first_decay_steps, t_mul=2.0, m_mul=1.0, alpha=0.0``
+    ============================= ====================================================================================
+
+    The names of the arguments, and what they mean, are those of ``keras.optimizers.schedules``. Two configs with equal
+    arguments are equal and have one hash, so a config may be a static argument of ``jax.jit``.
 
     Attributes:
-      name: one of the schedules of this module.
-      arguments: its arguments by name, plain data.
+      name: one of the names above.
+      arguments: the schedule's arguments by name: numbers, booleans, None, and sequences of numbers.
 
     Raises:
       ValueError: an unknown name, or an argument that the schedule does not have or lacks.
+
+    Examples:
+      >>> import optax_nadam
+      >>> halving = optax_nadam.ScheduleConfig("piecewise_constant", {"boundaries": [9], "values": [0.1, 0.05]})
+      >>> [f"{halving.build()(count):.2f}" for count in (0, 9, 10)]
+      ['0.10', '0.10', '0.05']
+      >>> tx = optax_nadam.nadam(halving)
+
+    Source: https://keras.io/api/optimizers/learning_rate_schedules/
     """
 
     name: str
     arguments: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        """Checks the name and the arguments' names."""
-        if self.name not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {', '.join(map(repr, SCHEDULES))}, got {self.name!r}.")
+        """Checks the name and the arguments' names; sequences become tuples."""
+        validation.check_choice("name", self.name, SCHEDULES)
+        plain = {key: tuple(x) if isinstance(x, list) else x for key, x in self.arguments.items()}
+        object.__setattr__(self, "arguments", plain)
         try:
-            inspect.signature(SCHEDULES[self.name]).bind(**self.arguments)
+            inspect.signature(SCHEDULES[self.name]).bind(**plain)
         except TypeError as error:
             raise ValueError(f"schedule {self.name!r} got arguments that do not fit: {error}.") from None
 
+    def __hash__(self) -> int:
+        """Equal for equal configs."""
+        return hash((self.name, frozenset(self.arguments.items())))
+
     def build(self) -> optax.Schedule:
-        """The schedule as a function of the steps taken."""
+        """The schedule as a function of the steps taken so far."""
         return SCHEDULES[self.name](**self.arguments)
+
+
+def parse_learning_rate(value: Any) -> optax.ScalarOrSchedule:
+    """A finite number, a scalar array, or a schedule that returns scalars. A negative one ascends, as in Optax."""
+    if isinstance(value, ScheduleConfig):
+        return value.build()
+    if callable(value):
+        return _scalar_valued(value)
+    if not (validation.is_number(value) or isinstance(value, jax.Array | np.ndarray)):
+        raise TypeError(_NOT_A_LEARNING_RATE.format(value=value))
+    validation.check_finite("learning_rate", value)
+    return value
+
+
+def _scalar_valued(schedule: optax.Schedule) -> optax.Schedule:
+    """The schedule, which is rejected at its first value where that has axes: it would broadcast scalar params."""
+
+    def scalar_valued(count: ArrayLike) -> ArrayLike:
+        value = schedule(count)
+        validation.check_scalar("what the learning rate schedule returns", value)
+        return value
+
+    return scalar_valued
 
 
 def exponential_decay(
     initial_learning_rate: float, decay_steps: float, decay_rate: float, staircase: bool = False
 ) -> optax.Schedule:
-    """The initial rate times ``decay_rate ** (count / decay_steps)``; a staircase takes whole powers."""
+    """The initial learning rate times ``decay_rate ** (count / decay_steps)``; a staircase takes whole powers."""
     return optax.exponential_decay(initial_learning_rate, decay_steps, decay_rate, staircase=staircase)
 
 
 def inverse_time_decay(
     initial_learning_rate: float, decay_steps: float, decay_rate: float, staircase: bool = False
 ) -> optax.Schedule:
-    """The initial rate over ``1 + decay_rate * count / decay_steps``; a staircase takes whole quotients."""
+    """The initial learning rate over ``1 + decay_rate * count / decay_steps``; a staircase takes whole quotients."""
 
     def schedule(count: ArrayLike) -> jax.Array:
         periods = jnp.asarray(count, float) / decay_steps
@@ -71,7 +129,7 @@ def polynomial_decay(
     power: float = 1.0,
     cycle: bool = False,
 ) -> optax.Schedule:
-    """From the initial rate to the end rate as ``(1 - count / decay_steps) ** power``.
+    """From the initial to the end learning rate as ``(1 - count / decay_steps) ** power``.
 
     With ``cycle`` the decay is stretched to the next multiple of ``decay_steps`` each time it has ended.
     """
@@ -97,7 +155,7 @@ def cosine_decay(
     warmup_target: float | None = None,
     warmup_steps: int = 0,
 ) -> optax.Schedule:
-    """Half a cosine from the initial rate to ``alpha`` times it, after a linear rise to ``warmup_target`` if given."""
+    """Half a cosine down to ``alpha`` times its start, after a linear rise to ``warmup_target`` if given."""
     if warmup_target is None:
         return optax.cosine_decay_schedule(initial_learning_rate, decay_steps, alpha)
     warmup = optax.linear_schedule(initial_learning_rate, warmup_target, max(1, warmup_steps))
@@ -109,7 +167,7 @@ def cosine_decay(
 def cosine_decay_restarts(
     initial_learning_rate: float, first_decay_steps: float, t_mul: float = 2.0, m_mul: float = 1.0, alpha: float = 0.0
 ) -> optax.Schedule:
-    """Cosines from the initial rate, each ``t_mul`` times as long and ``m_mul`` times as high as the one before."""
+    """Cosines, each ``t_mul`` times as long and ``m_mul`` times as high as the one before."""
 
     def schedule(count: ArrayLike) -> jax.Array:
         periods = jnp.asarray(count, float) / first_decay_steps

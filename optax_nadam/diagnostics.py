@@ -8,14 +8,16 @@ from jax import numpy as jnp
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._convert import convert_moments
-from optax_nadam._moments import with_parts
-from optax_nadam._nadam import direction, get_state, is_nadam
-from optax_nadam._rules import Hyperparameters, coefficients, momentum_at, rule_named, scalar_dtype
+from optax_nadam._leaves import complex_like
+from optax_nadam._nadam import direction
+from optax_nadam._rules import Factor, Hyperparameters, coefficients_at, momentum_at, parse_rule, scalar_dtype
+from optax_nadam._state import INJECTED, ScaleByNadamState, convert_moments, get_state, nodes_of
+
+__all__ = ["scalars"]
 
 
 def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None = None) -> dict[str, jax.Array]:
-    r"""The step that led to an optimizer state, in a few numbers.
+    r"""The step that led to an optimizer state, in a few scalars.
 
     With the scalars of :func:`optax_nadam.scale_by_nadam`, whose update is :math:`u_t`, and over the :math:`n`
     elements of all leaves,
@@ -26,9 +28,9 @@ def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None
     ================== =============================================================================================
     ``mu``             :math:`\mu_t`, the momentum
     ``mu_product``     :math:`P_t`, the product of the momenta, as in the state
-    ``m_norm``         :math:`\lVert m_t \rVert`, as kept, not debiased; in units of the gradient
+    ``m_norm``         :math:`\lVert m_t \rVert`, as stored, not debiased; in units of the gradient
     ``root_v_norm``    :math:`\lVert \sqrt{v_t} \rVert`, likewise
-    ``momentum_rms``   :math:`\lVert u^m_t \rVert / \sqrt n`, the length of what the moments alone give
+    ``momentum_rms``   :math:`\lVert u^m_t \rVert / \sqrt n`, the length of the part that the moments give
     ``update_rms``     :math:`\lVert u_t \rVert / \sqrt n`, the length of the step, before the learning rate
     ``gradient_share`` :math:`\langle u^g_t, u_t \rangle / \lVert u_t \rVert^2`, the share of the look-ahead; the rest
                        is that of the momentum. Negative where the gradient opposes a larger momentum
@@ -40,9 +42,9 @@ def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None
     Args:
       opt_state: a state that ``update`` returned, with one :class:`optax_nadam.ScaleByNadamState` in it, at any depth.
       config: the hyperparameters and the rule of the run; its further fields do not matter. What
-        ``optax.inject_hyperparams`` keeps in the state goes before what the config says.
-      gradients: :math:`g_t` as it came to Nadam's own link, clipped or averaged if so; a tree like the params, of
-        which the leaves behind an ``optax.MaskedNode`` are left out.
+        ``optax.inject_hyperparams`` stores in the state takes the place of the config's.
+      gradients: :math:`g_t` as Nadam's own transformation got it, after clipping and averaging; a tree like the params,
+        of which the leaves where the state has an ``optax.MaskedNode`` are left out.
 
     Returns:
       Arrays of shape ``()``, in float32, or in float64 when x64 is enabled. Before the first step, and of an update of
@@ -69,13 +71,12 @@ def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None
       update_rms 1.0307
       gradient_share 0.9702
     """
-    state = convert_moments(get_state(opt_state))
-    rule, h = rule_named(config.rule), _hyperparameters(opt_state, config)
+    state = convert_moments(get_state(opt_state), m_dtype=None, v_dtype=None)
+    rule, h = parse_rule("rule", config.rule), _hyperparameters(opt_state, config)
     dtype = scalar_dtype()
-    mu = jnp.asarray(momentum_at(state.count.astype(dtype), h, rule).value, dtype)
-    product = state.mu_product.astype(dtype)
-    # Coefficients are made from P_{t-1}; where mu is zero, any will do.
-    c, _ = coefficients(rule, state.count, product / jnp.maximum(mu, jnp.finfo(dtype).tiny), h)
+    t, product = state.count.astype(dtype), state.mu_product.astype(dtype)
+    mu = jnp.asarray(momentum_at(t, h, rule).value, dtype)
+    c = coefficients_at(rule, t, Factor.of(product), h)
 
     def update_from(g: optax.Updates) -> tuple[optax.Updates, jax.Array]:
         u = jax.tree.map(lambda g, m, v: direction(g, m, v, c, rule.power), g, m, v)
@@ -98,24 +99,20 @@ def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None
 
 
 def _hyperparameters(opt_state: Any, config: NadamConfig) -> Hyperparameters:
-    injectors = filter(_injects, jax.tree.leaves(opt_state, is_leaf=_injects))
-    kept = {name: jnp.real(x).astype(scalar_dtype()) for s in injectors for name, x in s.hyperparams.items()}
-    return Hyperparameters(*(kept.get(name, getattr(config, name)) for name in Hyperparameters._fields))
-
-
-def _injects(node: Any) -> bool:
-    """Whether a node is a state of ``optax.inject_hyperparams`` around a Nadam."""
-    return "hyperparams" in getattr(node, "_fields", ()) and any(map(is_nadam, jax.tree.leaves(node, is_leaf=is_nadam)))
+    """The hyperparameters of the config, or in their place those that ``optax.inject_hyperparams`` stores."""
+    around = (node for node in nodes_of(opt_state, INJECTED) if any(nodes_of(node, ScaleByNadamState)))
+    injected = {name: jnp.real(x).astype(scalar_dtype()) for node in around for name, x in node.hyperparams.items()}
+    return Hyperparameters(*(injected.get(name, getattr(config, name)) for name in Hyperparameters._fields))
 
 
 def _wide(x: Any) -> jax.Array:
-    return jnp.asarray(x, with_parts(scalar_dtype(), x))
+    return jnp.asarray(x, complex_like(scalar_dtype(), x))
 
 
 def _fitting(gradients: optax.Updates, m: optax.Updates) -> optax.Updates:
     """The gradients of the leaves that have moments."""
     unmasked = jax.tree.map(lambda m, g: m if _is_masked(m) else g, m, gradients, is_leaf=_is_masked)
-    validation.check_like_state("gradients", unmasked, m)
+    validation.check_like_moments("gradients", unmasked, m)
     return jax.tree.map(_wide, unmasked)
 
 

@@ -1,104 +1,141 @@
-"""What the translators share: names that fit, and states found and put back in any optimizer state.
+"""What the frameworks share: names translated, configs built, and the one way of a checkpoint.
 
-Nothing here computes; a framework's module turns its own checkpoint into the arguments of :func:`put_state`.
+A checkpoint is read into a :class:`Checkpoint` by the framework's own module, matched with the params by the user's
+``to_params``, and put into the optimizer state, all by :func:`load`. Nothing here computes.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+import dataclasses
+import numbers
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax import numpy as jnp
-from jax.typing import ArrayLike
+import optax
 
-from optax_nadam import _validation as validation
-from optax_nadam._config import NadamConfig
-from optax_nadam._convert import convert_moments
-from optax_nadam._moments import Moment, kept_like, real_dtype, with_parts
-from optax_nadam._nadam import ScaleByNadamState, get_state, is_nadam
-from optax_nadam._rounding import Chance
-from optax_nadam._rules import Rule, mu_product_after, rule_named
+from optax_nadam._config import NadamConfig, product_after
+from optax_nadam._rules import Rule, parse_rule
+from optax_nadam._schedules import ScheduleConfig
+from optax_nadam._state import ScaleByNadamState, convert_moments, get_state, put_state
+
+_NO_CONFIG = (
+    "config is needed: {source} stores no product of the momenta and no hyperparameters from which it could be"
+    " computed. Pass config=, the NadamConfig of the optimizer that continues."
+)
 
 
-def check_keys(what: str, got: Iterable[str], known: Iterable[str]) -> None:
-    """Rejects keys that a translator does not know, by name."""
-    unknown = sorted(set(got) - set(known))
+class Checkpoint(NamedTuple):
+    """What an optimizer of another framework stores, as read from its checkpoint.
+
+    Attributes:
+      source: what wrote it, for the texts of errors.
+      count: steps taken.
+      product: the product of the momenta, or None where it is not stored.
+      m: first moments, as ``to_params`` takes weights: by name, or in order, or as a tree.
+      v: second moments, likewise.
+      config: the hyperparameters, as far as the checkpoint has them; otherwise None.
+    """
+
+    source: str
+    count: int
+    product: float | None
+    m: Any
+    v: Any
+    config: NadamConfig | None = None
+
+
+def load(opt_state: Any, found: Checkpoint, to_params: Callable[[Any], Any], config: NadamConfig | None) -> Any:
+    """The optimizer state that continues from a checkpoint.
+
+    Args:
+      opt_state: a state of the optimizer that is to continue, as its ``init`` makes it.
+      found: the checkpoint.
+      to_params: turns moments, which are like the other framework's weights, into a tree like the params.
+      config: the hyperparameters of the optimizer that continues; None for the checkpoint's own.
+
+    Returns:
+      A new state.
+
+    Raises:
+      ValueError: the product of the momenta is not stored and there are no hyperparameters; the moments do not fit.
+      TypeError: a moment is no array of numbers.
+    """
+    product = found.product
+    if product is None:
+        config = config or found.config
+        if config is None:
+            raise ValueError(_NO_CONFIG.format(source=found.source))
+        product = product_after(found.count, config)
+    return put_state(opt_state, count=found.count, mu_product=product, m=to_params(found.m), v=to_params(found.v))
+
+
+def get_numbers(opt_state: Any) -> ScaleByNadamState:
+    """The one Nadam state, its moments as numbers of at least 32 bits, whatever their format."""
+    return convert_moments(get_state(opt_state), m_dtype=None, v_dtype=None)
+
+
+def build(
+    learning_rate: Any, names: Mapping[str, str], fields: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a framework's arguments.
+
+    Args:
+      learning_rate: a number or a :class:`ScheduleConfig`, which become part of the config; or an array or a schedule.
+      names: the framework's name of each field, for the texts of errors.
+      fields: the other fields of the config.
+
+    Returns:
+      A gradient transformation.
+    """
+    if isinstance(learning_rate, numbers.Real | ScheduleConfig):
+        return config_of(names, {"learning_rate": learning_rate, **fields}).build()
+    return config_of(names, fields).build(learning_rate)
+
+
+def config_of(names: Mapping[str, str], fields: Mapping[str, Any]) -> NadamConfig:
+    """The config of these fields; errors name the arguments as the framework does."""
+    try:
+        return NadamConfig(**fields)
+    except (ValueError, TypeError) as error:
+        name, _, text = str(error).partition(" ")
+        theirs = names.get(name, name)
+        if isinstance(fields.get(name), jax.Array):
+            text += f" Under optax.inject_hyperparams, name it in static_args=({theirs!r}, ...)."
+        raise type(error)(f"{theirs} {text}") from None
+
+
+def check_keys(what: str, got: Iterable[str], known: Collection[str], required: Iterable[str] = ()) -> None:
+    """Rejects a mapping with a key that a translator does not know, or without one that it needs."""
+    missing, unknown = [key for key in required if key not in got], sorted(set(got) - set(known))
+    if missing:
+        raise ValueError(f"{what} lacks {', '.join(missing)}; it has {', '.join(sorted(got))}.")
     if unknown:
         raise ValueError(f"{what} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}.")
 
 
-def unsupported(what: str, name: str, value: Any, advice: str) -> ValueError:
-    """The error for an option that changes numbers and has no counterpart."""
-    return ValueError(f"{what} option {name}={value!r} has no counterpart here. {advice}")
+def cannot_express(side: str, name: str, value: Any, advice: str) -> ValueError:
+    """The error for an option that changes numbers and that one side lacks."""
+    return ValueError(f"{side} cannot express {name}={value!r}. {advice}")
+
+
+def check_expressible(config: NadamConfig, side: str, expressible: Collection[str], advice: str) -> None:
+    """Rejects a config with a field that another framework lacks and that is not at its default.
+
+    Args:
+      config: the config.
+      side: the framework.
+      expressible: names of the fields that it has.
+      advice: what to do about another one.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in expressible and value != field.default:
+            raise cannot_express(side, field.name, value, advice)
 
 
 def rule_of(config: NadamConfig) -> Rule:
     """The rule of a config, whether it holds the rule or its name."""
-    return rule_named(config.rule)
-
-
-def rebuilt_product(count: int, config: NadamConfig) -> float:
-    """The product of the momenta after ``count`` steps, for checkpoints that lack it."""
-    return mu_product_after(count, config.b1, config.momentum_decay, rule_of(config))
-
-
-def get_numbers(opt_state: Any) -> ScaleByNadamState:
-    """The one Nadam state, its moments as numbers of at least 32 bits, whatever they are kept in."""
-    return convert_moments(get_state(opt_state))
-
-
-def put_state(opt_state: Any, *, count: ArrayLike, mu_product: ArrayLike, m: Any, v: Any) -> Any:
-    """The optimizer state with these values in its Nadam state, and ``count`` in every schedule's counter.
-
-    Args:
-      opt_state: a state of the optimizer that is to go on, as its ``init`` makes it; it is not changed.
-      count: steps taken.
-      mu_product: the product of the momenta so far.
-      m: first moments, a tree like the params.
-      v: second moments, a tree like the params.
-
-    Returns:
-      A new state, its arrays of the dtypes and its moments in the format that the old one has.
-
-    Raises:
-      ValueError: the moments do not fit the state in structure or shape; the text names the leaf.
-      TypeError: a moment is no array of numbers.
-    """
-    old = get_state(opt_state)
-    for name, moments, target in (("m", m, old.m), ("v", v, old.v)):
-        validation.check_like_state(name, moments, target)
-    new = ScaleByNadamState(
-        # Copies: jnp.asarray may go on using the memory of an array that its framework updates in place.
-        count=jnp.array(count, old.count.dtype),
-        mu_product=jnp.array(mu_product, old.mu_product.dtype),
-        m=jax.tree.map(lambda x, like: _kept_copy(x, like, Chance(jnp.asarray(count), 0)), m, old.m),
-        v=jax.tree.map(lambda x, like: _kept_copy(x, like, Chance(jnp.asarray(count), 1)), v, old.v),
-    )
-    return _replaced(opt_state, new)
-
-
-def _kept_copy(x: Any, like: Moment, chance: Chance) -> Moment:
-    """An array of any dtype as a moment in the format of another."""
-    return kept_like(jnp.array(x, with_parts(real_dtype(like), like)), like, chance)
-
-
-def _replaced(node: Any, new: ScaleByNadamState) -> Any:
-    """The tree with the Nadam state replaced and every other counter set."""
-    if is_nadam(node):
-        return new
-    if _counts(node):
-        fields = {name: _replaced(getattr(node, name), new) for name in node._fields}
-        return node._replace(**{**fields, "count": jnp.asarray(new.count, node.count.dtype)})
-    return jax.tree.map(
-        lambda child: _replaced(child, new) if is_nadam(child) or _counts(child) else child,
-        node,
-        is_leaf=lambda child: child is not node and (is_nadam(child) or _counts(child)),
-    )
-
-
-def _counts(node: Any) -> bool:
-    """Whether a node is a state with a counter: of a schedule, or of injected hyperparameters."""
-    return "count" in getattr(node, "_fields", ()) and not is_nadam(node)
+    return parse_rule("rule", config.rule)
 
 
 def as_numpy(array: Any) -> np.ndarray:
@@ -108,6 +145,11 @@ def as_numpy(array: Any) -> np.ndarray:
         if str(array.dtype) == "torch.bfloat16":
             array = array.float()
     return np.asarray(array)
+
+
+def as_number(value: Any) -> Any:
+    """A hyperparameter as a Python number where it is a tensor or an array of one element; another value as it is."""
+    return as_numpy(value).item() if hasattr(value, "detach") or isinstance(value, np.ndarray) else value
 
 
 def without(mapping: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:

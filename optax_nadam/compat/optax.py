@@ -1,30 +1,26 @@
-"""The Nadams of Optax and of AlgoPerf: their names, defaults and states.
+"""``optax.nadam``, ``nadamw``, ``adam`` and ``adamw`` of Optax 0.2: their names, defaults and states.
 
-What follows them here: ``optax.nadam`` and ``optax.nadamw`` of Optax 0.2, and ``nadamw`` of the AlgoPerf baselines in
-JAX. Their arithmetic is that of the rules ``constant``, ``simplified`` and ``undebiased``; only this module knows
-their names for things.
+Their arithmetic is that of the rules ``constant`` and ``adam``.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
 import optax_nadam
-from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._rules import RULES
-from optax_nadam.compat._common import check_keys, get_numbers, put_state, rebuilt_product
+from optax_nadam._schedules import ScheduleConfig
+from optax_nadam.compat import _optax_config as configs
+from optax_nadam.compat import _optax_state as states
+from optax_nadam.compat._common import load
 
-_SHARED = ("learning_rate", "b1", "b2", "eps", "eps_root")
-_STATE = "source must hold one state of optax.adam, adamw, nadam or nadamw (a ScaleByAdamState), but holds {found}."
+__all__ = ["config_from", "config_to", "dump_state", "load_state", "nadam", "nadamw"]
 
 
 def nadam(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | ScheduleConfig,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
@@ -60,7 +56,7 @@ def nadam(
 
 
 def nadamw(
-    learning_rate: optax.ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule | ScheduleConfig,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
@@ -110,107 +106,52 @@ def nadamw(
     )
 
 
-def algoperf_nadamw(
-    learning_rate: optax.ScalarOrSchedule,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.999,
-    eps: ArrayLike = 1e-8,
-    eps_root: ArrayLike = 0.0,
-    debias: bool = True,
-    weight_decay: ArrayLike = 0.0,
-    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
-    power: float = 0.5,
-) -> optax.GradientTransformationExtraArgs:
-    r"""``nadamw`` of the AlgoPerf baselines in JAX, with its arguments and defaults.
+def config_from(config: Mapping[str, Any], *, optimizer: str) -> NadamConfig:
+    """The config of a call of an Optax optimizer.
 
     Args:
-      learning_rate: a number, a scalar array or a schedule.
-      b1: decay of the first moment, in [0, 1).
-      b2: decay of the second moment, in [0, 1).
-      eps: added to the root, not negative.
-      eps_root: added under the root, not negative.
-      debias: whether the moments are debiased.
-      weight_decay: decoupled weight decay, not negative, times the learning rate.
-      weight_decay_mask: which leaves decay, see ``mask`` of :func:`optax_nadam.nadamw`.
-      power: of :math:`\hat v` in the denominator, in place of the root; positive.
+      config: its keyword arguments, plain data; what is left out has Optax's default.
+      optimizer: whose: ``"nadam"``, ``"nadamw"``, ``"adam"`` or ``"adamw"``. It must be said, since their defaults
+        differ: ``nadamw`` has a weight decay of 1e-4.
 
     Returns:
-      A gradient transformation that takes the steps of AlgoPerf's.
+      A config that builds the same optimizer: with the rule ``constant``, or with ``adam`` for ``optax.adam`` and
+      ``adamw`` without ``nesterov``.
 
     Raises:
-      ValueError: a number out of range.
-      TypeError: a value that is no number.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from optax_nadam import compat
-      >>> tx = compat.optax.algoperf_nadamw(0.01)
-      >>> p = jnp.float32(1.0)
-      >>> updates, state = tx.update(jnp.float32(0.5), tx.init(p), p)
-      >>> f"{float(updates):.5f}"
-      '-0.01900'
-    """
-    validation.check_positive("power", power)
-    rule = dataclasses.replace(RULES["simplified" if debias else "undebiased"], power=power)
-    return optax_nadam.nadamw(
-        learning_rate, b1, b2, eps, eps_root, rule=rule, weight_decay=weight_decay, mask=weight_decay_mask
-    )
-
-
-def config_from(arguments: Mapping[str, Any]) -> NadamConfig:
-    """The config of ``optax.nadam(**arguments)``, or of ``optax.nadamw`` where there is a ``weight_decay``.
-
-    Args:
-      arguments: keyword arguments of either, plain numbers.
-
-    Returns:
-      A config that builds the same optimizer.
-
-    Raises:
-      ValueError: an unknown key, a missing learning rate, or a mask, which is not plain data.
-      TypeError: a value that is no number.
+      ValueError: an unknown key or optimizer, a missing learning rate, a number out of range, or a mask, which is not
+        plain data.
+      TypeError: a value of the wrong type.
 
     Examples:
       >>> from optax_nadam import compat
-      >>> compat.optax.config_from({"learning_rate": 0.1}).rule
-      'constant'
+      >>> config = compat.optax.config_from({"learning_rate": 0.1}, optimizer="nadamw")
+      >>> config.rule, config.weight_decay
+      ('constant', 0.0001)
     """
-    check_keys("optax.nadam", arguments, (*_SHARED, "weight_decay"))
-    if "learning_rate" not in arguments:
-        raise ValueError("optax.nadam has no default learning_rate; the arguments must hold one.")
-    return NadamConfig(**{"eps": 1e-8, "rule": "constant", **arguments})
+    return configs.config_from(config, optimizer)
 
 
 def config_to(config: NadamConfig) -> dict[str, Any]:
-    """Keyword arguments for ``optax.nadamw`` where there is weight decay, for ``optax.nadam`` where there is none.
+    """Keyword arguments for ``optax.nadamw``, or for ``optax.adamw`` where the rule is ``adam``.
 
     Args:
       config: what to translate.
 
     Returns:
-      The arguments; :func:`config_from` turns them back into an equal config.
+      The arguments, the weight decay among them, which may be 0. :func:`config_from` with ``optimizer="nadamw"`` (or
+      ``"adamw"``) turns them back into an equal config, but for fields without effect.
 
     Raises:
-      ValueError: the config has something that Optax's Nadam has not, named in the text.
+      ValueError: the config has something that Optax's optimizers cannot express, named in the text.
 
     Examples:
       >>> import optax_nadam
       >>> from optax_nadam import compat
-      >>> compat.optax.config_to(optax_nadam.NadamConfig(rule="constant", learning_rate=0.1))["b1"]
-      0.9
+      >>> compat.optax.config_to(optax_nadam.NadamConfig(rule="constant", learning_rate=0.1))["weight_decay"]
+      0.0
     """
-    arguments = {name: getattr(config, name) for name in _SHARED}
-    if config.weight_decay:
-        arguments["weight_decay"] = config.weight_decay
-    if isinstance(config.learning_rate, float):
-        expressed = config_from(arguments).to_dict()
-        differing = [name for name, value in config.to_dict().items() if expressed[name] != value]
-    else:
-        differing = ["learning_rate"]
-    if differing:
-        named = ", ".join(f"{name}={getattr(config, name)!r}" for name in differing)
-        raise ValueError(f"optax.nadam has no counterpart of {named}.")
-    return arguments
+    return configs.config_to(config)
 
 
 def load_state(
@@ -220,57 +161,55 @@ def load_state(
     *,
     config: NadamConfig | None = None,
 ) -> Any:
-    """Goes on from the state of ``optax.adam``, ``adamw``, ``nadam`` or ``nadamw``.
+    """The optimizer state that continues where ``optax.adam``, ``adamw``, ``nadam`` or ``nadamw`` stopped.
 
-    A running Adam job turns into Nadam so: the moments are the same, and the product of the momenta is what it would
-    have been had the run been Nadam from the start.
+    A running Adam job becomes Nadam this way: the moments are the same, and the product of the momenta is what it
+    would have been had the run been Nadam from the start.
 
     Args:
-      opt_state: a state of the optimizer that is to go on, as its ``init`` makes it.
+      opt_state: a fresh state of the optimizer that is to continue, at any depth of chains and wrappers; it is not
+        changed.
       source: Optax's state, at any depth of chains and wrappers.
       to_params: turns a tree like the other run's params into one like ours; by default they are the same.
-      config: hyperparameters of the optimizer that goes on, for the product of the momenta; by default those of
-        ``optax.nadam``.
+      config: the hyperparameters of the optimizer that continues. Needed: Optax stores no product of the momenta.
 
     Returns:
-      A new optimizer state. With the rule ``constant`` the next step is the one that Optax would take.
+      A new optimizer state. With the rule ``constant`` the next step is the one that ``optax.nadam`` would take, with
+      ``adam`` that of ``optax.adam``.
 
     Raises:
-      ValueError: ``source`` holds no such state or more than one, or its moments do not fit.
+      ValueError: ``source`` holds no such state or more than one, its moments do not fit, or there is no config.
       TypeError: a moment is no array of numbers.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> import optax
       >>> from optax_nadam import compat
-      >>> p, adam, tx = jnp.float32(1.0), optax.adam(0.01), compat.optax.nadam(0.01)
+      >>> config = compat.optax.config_from({"learning_rate": 0.01}, optimizer="nadam")
+      >>> p, adam, tx = jnp.float32(1.0), optax.adam(0.01), config.build()
       >>> _, running = adam.update(p, adam.init(p))
-      >>> compat.optax.load_state(tx.init(p), running)[0].count.item()
+      >>> state = compat.optax.load_state(tx.init(p), running, config=config)
+      >>> int(optax.tree.get(state, "count"))
       1
     """
-    found = [s for s in jax.tree.leaves(source, is_leaf=_is_adam) if _is_adam(s)]
-    if len(found) != 1:
-        raise ValueError(_STATE.format(found=len(found)))
-    (adam,) = found
-    config = config or NadamConfig(rule="constant")
-    return put_state(
-        opt_state,
-        count=adam.count,
-        mu_product=rebuilt_product(int(adam.count), config),
-        m=to_params(adam.mu),
-        v=to_params(adam.nu),
-    )
+    return load(opt_state, states.read(source), to_params, config)
 
 
-def dump_state(opt_state: Any, from_params: Callable[[Any], Any] = lambda params: params) -> optax.ScaleByAdamState:
-    """The state that Optax's Adam and Nadam keep.
+def dump_state(
+    opt_state: Any,
+    from_params: Callable[[Any], Any] = lambda params: params,
+    *,
+    config: NadamConfig | None = None,
+) -> optax.ScaleByAdamState:
+    """The state that Optax's Adam and Nadam store, the inverse of :func:`load_state`.
 
     Args:
       opt_state: a state with one Nadam in it, at any depth.
       from_params: turns a tree like our params into one like the other run's; by default they are the same.
+      config: not needed: Optax's state holds no hyperparameters.
 
     Returns:
-      ``optax.ScaleByAdamState(count, mu, nu)``, the first link of the state of ``optax.adam`` and its kin.
+      ``optax.ScaleByAdamState(count, mu, nu)``, the first part of the state of ``optax.adam`` and its kin.
 
     Raises:
       ValueError: there is no Nadam state in ``opt_state``, or more than one.
@@ -282,9 +221,5 @@ def dump_state(opt_state: Any, from_params: Callable[[Any], Any] = lambda params
       >>> compat.optax.dump_state(tx.init(jnp.float32(1.0))).count.item()
       0
     """
-    state = get_numbers(opt_state)
-    return optax.ScaleByAdamState(count=state.count, mu=from_params(state.m), nu=from_params(state.v))
-
-
-def _is_adam(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByAdamState)
+    del config
+    return states.write(opt_state, from_params)

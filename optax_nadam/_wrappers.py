@@ -1,4 +1,4 @@
-"""Links of a chain that some dialects need and Optax has not."""
+"""Transformations that some variants need and Optax lacks, most of them around an inner one."""
 
 from typing import Any
 
@@ -6,7 +6,21 @@ import jax
 import optax
 from jax import numpy as jnp
 
-from optax_nadam._moments import real_dtype, with_parts
+from optax_nadam import _validation as validation
+from optax_nadam._leaves import complex_like, compute_dtype
+
+
+def chain(name: str, *transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """``optax.chain``, with an error that says whose state it got where that is of another chain."""
+    chained, length = optax.chain(*transformations), len(transformations)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if not isinstance(state, tuple) or len(state) != length:
+            got = [type(part).__name__ for part in state] if isinstance(state, tuple) else type(state).__name__
+            raise validation.wrong_state(name, str(got), f"{length} states")
+        return chained.update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(chained.init, update)
 
 
 def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
@@ -14,7 +28,7 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(max_norm)
 
     def clip_leaf(g: jax.Array) -> jax.Array:
-        wide = g.astype(with_parts(real_dtype(g), g))
+        wide = g.astype(complex_like(compute_dtype(g), g))
         clipped, _ = clip.update(wide, clip.init(wide))
         return clipped.astype(g.dtype)
 
@@ -22,7 +36,7 @@ def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
 
 
 def cautious(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-    r"""Drops the elements of an update that point away from the gradient, and makes up for them, leaf by leaf.
+    r"""Drops the elements of an update that point away from the gradient, and scales up the others, leaf by leaf.
 
     .. math:: u \leftarrow u \odot M / \max(\operatorname{mean} M, 10^{-3}), \quad M = [u \odot g > 0]
 
@@ -30,7 +44,7 @@ def cautious(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTran
     """
 
     def mask(u: jax.Array, g: jax.Array) -> jax.Array:
-        agrees = (u * g > 0).astype(real_dtype(g))
+        agrees = (u * g > 0).astype(compute_dtype(g))
         return u * (agrees / jnp.maximum(jnp.mean(agrees), 1e-3)).astype(u.dtype)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -50,7 +64,7 @@ def clip_by_gradient_rms(
     Args:
       inner: makes the update.
       plain: the same without momentum, whose update is the normalised gradient; it shares the state of ``inner``.
-      threshold: the largest root mean square that is left alone.
+      threshold: the largest root mean square that changes nothing.
 
     Returns:
       A transformation with the state of ``inner``.
@@ -59,7 +73,7 @@ def clip_by_gradient_rms(
     """
 
     def shrink(u: jax.Array, normalised: jax.Array) -> jax.Array:
-        rms = jnp.sqrt(jnp.mean(jnp.square(normalised.astype(real_dtype(u)))))
+        rms = jnp.sqrt(jnp.mean(jnp.square(normalised.astype(compute_dtype(u)))))
         return u / jnp.maximum(1.0, rms / threshold).astype(u.dtype)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -73,7 +87,7 @@ def clip_by_gradient_rms(
 def keep_rows_without_gradient(
     inner: optax.GradientTransformationExtraArgs, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Leaves the rows of chosen leaves where they are while their gradient is zero; their moments decay all the same.
+    """Does not move rows of chosen leaves while their gradient is zero; their moments decay all the same.
 
     Args:
       inner: makes the update.

@@ -1,0 +1,44 @@
+"""What is asked of one array: its dtype, the dtype to compute in, zeros laid out like it."""
+
+from typing import Any
+
+import jax
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+
+
+def dtype_of(leaf: Any) -> jnp.dtype:
+    """The dtype that JAX gives an array, an abstract array or a Python number: no 64 bits unless x64 is enabled."""
+    dtype: Any = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    canonical: Any = jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True)
+    return canonical
+
+
+def is_complex(leaf: Any) -> bool:
+    """Whether a leaf has imaginary parts."""
+    return bool(jnp.issubdtype(dtype_of(leaf), jnp.complexfloating))
+
+
+def compute_dtype(*leaves: Any) -> jnp.dtype:
+    """The real dtype that an update is computed in: float64 where a leaf has 64-bit parts, else float32."""
+    wide = any(jnp.finfo(dtype_of(leaf)).bits == 64 for leaf in leaves)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def complex_like(dtype: DTypeLike, leaf: Any) -> jnp.dtype:
+    """A real dtype, or the complex one with parts of it where the leaf is complex."""
+    if not is_complex(leaf):
+        return jnp.dtype(dtype)
+    return jnp.dtype(jnp.complex128 if jnp.dtype(dtype) == jnp.float64 else jnp.complex64)
+
+
+def zeros_like(param: Any, dtype: DTypeLike) -> jax.Array:
+    """Zeros sharded like the parameter.
+
+    Under jit a constant has no sharding and would land on one device, and leaves that share it would share one
+    layout. So there it is computed from the parameter: no number is less than itself.
+    """
+    if not isinstance(param, jax.core.Tracer):
+        return jnp.zeros_like(param, dtype=dtype)
+    real = jnp.real(param)
+    return (real < real).astype(dtype)

@@ -1,0 +1,229 @@
+"""Nadam's state, the one search through an optimizer state, and what is done to a state between steps."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import optax
+from jax import numpy as jnp
+from jax.typing import DTypeLike
+
+from optax_nadam import _validation as validation
+from optax_nadam._leaves import complex_like, compute_dtype
+from optax_nadam._moments import Moment, decode, encode, parse_format, zero_m, zero_v
+from optax_nadam._quantized import Quantized, is_quantized
+from optax_nadam._rounding import RandomBits
+
+_Node = TypeVar("_Node")
+
+
+class ScaleByNadamState(NamedTuple):
+    r"""State of Nadam. The field names are the format on disk and do not change.
+
+    Attributes:
+      count: steps taken, int32, shape ``()``; it stops at the largest int32.
+      mu_product: :math:`P_t`, the product of the momenta used so far, shape ``()``; float32, or float64 when
+        x64 is enabled.
+      m: mean of the gradients, a tree like the params; float32 for leaves of at most 32 bits, float64 for
+        float64 leaves, complex for complex ones; where ``m_dtype`` says so, bfloat16 or a :class:`Quantized` in
+        place of a leaf.
+      v: mean of the squared gradients, likewise; real for complex leaves.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in every Optax state
+    mu_product: jax.Array
+    m: optax.Updates
+    v: optax.Updates
+
+
+# The states of Optax that store hyperparameters.
+INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+
+# The states of Optax that count steps, most of them to look something up in a schedule, and the field that counts.
+_COUNTERS: dict[type, str] = {
+    **dict.fromkeys(INJECTED, "count"),
+    optax.ScaleByScheduleState: "count",
+    type(optax.schedules.WrappedSchedule(optax.constant_schedule(0.0)).init()): "count",
+    type(optax.add_decayed_weights(optax.constant_schedule(0.0)).init(None)): "count",
+    optax.MultiStepsState: "gradient_step",
+}
+
+
+def nodes_of(tree: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
+    """The nodes of a kind in an optimizer state, at any depth, also inside one another."""
+    for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind)):
+        if isinstance(node, kind):
+            yield node
+            yield from (inner for child in _children(node) for inner in nodes_of(child, kind))
+
+
+def map_nodes(f: Callable[[Any], Any], tree: Any, kind: type | tuple[type, ...]) -> Any:
+    """The tree with ``f`` of every node of a kind in its place, at any depth; of one inside another first."""
+
+    def mapped(node: Any) -> Any:
+        if not isinstance(node, kind):
+            return node
+        inner = jax.tree.map(lambda child: map_nodes(f, child, kind), node, is_leaf=lambda child: child is not node)
+        return f(inner)
+
+    return jax.tree.map(mapped, tree, is_leaf=lambda node: isinstance(node, kind))
+
+
+def the_node(name: str, tree: Any, kind: type[_Node]) -> _Node:
+    """The one node of a kind in an optimizer state.
+
+    Raises:
+      ValueError: there is none, or more than one; the text begins with the argument's name.
+    """
+    found = list(nodes_of(tree, kind))
+    if len(found) != 1:
+        raise ValueError(f"{name} must hold one {kind.__name__}, but holds {len(found)}.")
+    return found[0]
+
+
+def _children(node: Any) -> list[Any]:
+    return jax.tree.leaves(node, is_leaf=lambda child: child is not node)
+
+
+def get_state(opt_state: Any) -> ScaleByNadamState:
+    """The one Nadam state in an optimizer state, at any depth of chains and wrappers.
+
+    Args:
+      opt_state: what ``init`` or ``update`` of an optimizer returned.
+
+    Returns:
+      The state itself, no copy.
+
+    Raises:
+      ValueError: there is none, or more than one.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_nadam
+      >>> tx = optax.chain(optax.clip(1.0), optax_nadam.nadam())
+      >>> optax_nadam.get_state(tx.init(jnp.ones(2)))._fields
+      ('count', 'mu_product', 'm', 'v')
+    """
+    return the_node("opt_state", opt_state, ScaleByNadamState)
+
+
+def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DTypeLike | None) -> Any:
+    """The same optimizer state with its moments in other formats, and back.
+
+    A run continues in the format of its state, so this is how a float32 run continues in 8 bits, or an 8-bit run in
+    float32. Into a wider format the numbers are copied; into a narrower one they are stochastically rounded, unbiased,
+    as in every step. What has the format already stays as it is, bit for bit.
+
+    Args:
+      opt_state: a state with any number of :class:`ScaleByNadamState` in it, at any depth.
+      m_dtype: the format of the first moments, as in :func:`scale_by_nadam`; None is the format of the default.
+      v_dtype: of the second moments. Both must be given, since neither changes unasked.
+
+    Returns:
+      A new state, as the optimizer with these formats has it.
+
+    Raises:
+      ValueError: a format that is not offered, or no Nadam state in ``opt_state``.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax_nadam
+      >>> state = optax_nadam.nadam().init(jnp.ones((32, 64)))
+      >>> small = optax_nadam.convert_moments(state, m_dtype="int8", v_dtype="int8")
+      >>> small[0].v.codes.dtype, small[0].v.scale.shape
+      (dtype('uint8'), (32,))
+      >>> optax_nadam.convert_moments(small, m_dtype=None, v_dtype=None)[0].v.dtype
+      dtype('float32')
+    """
+    m_format, v_format = parse_format("m_dtype", m_dtype), parse_format("v_dtype", v_dtype)
+    if not any(nodes_of(opt_state, ScaleByNadamState)):
+        raise ValueError("opt_state must hold a ScaleByNadamState, but holds none.")
+
+    def convert(state: ScaleByNadamState) -> ScaleByNadamState:
+        return state._replace(
+            m=_converted(state.m, lambda x: zero_m(x, m_format), RandomBits.for_m(state.count)),
+            v=_converted(state.v, lambda x: zero_v(x, v_format), RandomBits.for_v(state.count)),
+        )
+
+    return map_nodes(convert, opt_state, ScaleByNadamState)
+
+
+def _converted(moments: Any, zero: Callable[[jax.Array], Moment], bits: RandomBits) -> Any:
+    """The moments in another format, of which ``zero`` makes the first."""
+
+    def convert(stored: Moment) -> Moment:
+        value = numbers_of(stored)
+        like = zero(value)
+        both_8_bit = isinstance(stored, Quantized) and isinstance(like, Quantized)
+        return stored if both_8_bit else encode(value, like, bits)
+
+    return jax.tree.map(convert, moments, is_leaf=is_quantized)
+
+
+def numbers_of(stored: Moment) -> jax.Array:
+    """The numbers of a moment, in the dtype they are computed in."""
+    return decode(stored, complex_like(compute_dtype(stored), stored))
+
+
+def put_state(opt_state: Any, *, count: int, mu_product: float, m: Any, v: Any) -> Any:
+    """The optimizer state with these values in its Nadam state, and ``count`` in the counters of schedules.
+
+    Args:
+      opt_state: a state of the optimizer that is to continue, as its ``init`` makes it; it is not changed.
+      count: steps taken.
+      mu_product: the product of the momenta so far.
+      m: first moments, arrays in a tree like the params.
+      v: second moments, likewise.
+
+    Returns:
+      A new state, its arrays of the dtypes and its moments in the format that the old one has.
+
+    Raises:
+      ValueError: the moments do not fit the state in structure or shape; the text names the leaf.
+      TypeError: a moment is no array of numbers.
+    """
+    old = get_state(opt_state)
+    for name, moments, like in (("m", m, old.m), ("v", v, old.v)):
+        validation.check_like_moments(name, moments, like)
+    new = old._replace(
+        m=_encoded(m, old.m, RandomBits.for_m(_as_int32(count))),
+        v=_encoded(v, old.v, RandomBits.for_v(_as_int32(count))),
+    )
+    return put_count(map_nodes(lambda _: new, opt_state, ScaleByNadamState), count=count, mu_product=mu_product)
+
+
+def _encoded(moments: Any, like: Any, bits: RandomBits) -> Any:
+    """Arrays of any dtype as moments in the format of others."""
+
+    def encode_copy(x: Any, like: Moment) -> Moment:
+        # A copy: jnp.asarray may continue to use the memory of an array that its framework updates in place.
+        return encode(jnp.array(x, complex_like(compute_dtype(like), like)), like, bits)
+
+    return jax.tree.map(encode_copy, moments, like)
+
+
+def put_count(opt_state: Any, *, count: int, mu_product: float) -> Any:
+    """The optimizer state with ``count`` in its Nadam state and in the counters of schedules, each an array of its own.
+
+    Args:
+      opt_state: a state with one :class:`ScaleByNadamState` in it; it is not changed.
+      count: steps taken.
+      mu_product: the product of the momenta so far.
+
+    Returns:
+      A new state.
+    """
+    get_state(opt_state)
+
+    def set_counter(node: Any) -> Any:
+        return node._replace(**{_COUNTERS[type(node)]: _as_int32(count)})
+
+    def set_nadam(state: ScaleByNadamState) -> ScaleByNadamState:
+        return state._replace(count=_as_int32(count), mu_product=jnp.array(mu_product, state.mu_product.dtype))
+
+    return map_nodes(set_nadam, map_nodes(set_counter, opt_state, tuple(_COUNTERS)), ScaleByNadamState)
+
+
+def _as_int32(count: int) -> jax.Array:
+    """A count as Optax has it, which stops at the largest int32."""
+    return jnp.array(min(count, jnp.iinfo(jnp.int32).max), jnp.int32)
