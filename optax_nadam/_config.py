@@ -28,7 +28,7 @@ def _number(check: Callable[[str, float], None]) -> _Parse[float]:
     def parse(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {value!r}.")
-        check(name, float(value))
+        check(name, value)
         return float(value)
 
     return parse
@@ -47,7 +47,7 @@ def _bool(name: str, value: Any) -> bool:
 def _positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}.")
-    validation.check_positive(name, int(value))
+    validation.check_positive(name, value)
     return int(value)
 
 

@@ -7,14 +7,14 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from optax_nadam import NadamConfig, _links, scale_by_nadam
+from optax_nadam import NadamConfig, _wrappers, scale_by_nadam
 from tests.reference import Nadam
 
 
 def test_caution_is_that_of_timm():
-    # timm's NAdamW with caution=True, lr=.01, no weight decay, in float32; off, its last row differs.
+    # timm's NAdamW with cautious=True, lr=.01, no weight decay, in float32; off, its last row differs.
     for caution, expected in ((True, (0.981, 0.9596053, 0.9215352)), (False, (0.97350717, 0.9606539, 0.95404685))):
-        config = NadamConfig(learning_rate=0.01, eps=1e-8, rule="simplified", caution=caution)
+        config = NadamConfig(learning_rate=0.01, eps=1e-8, rule="simplified", cautious=caution)
         tx, p = config.build(), jnp.ones(3)
         state = tx.init(p)
         for g in ((0.5, 0.5, 0.5), (-0.05, 0.5, 0.5), (-0.05, -0.05, 0.5)):
@@ -24,14 +24,14 @@ def test_caution_is_that_of_timm():
 
 
 def test_caution_with_nothing_left_moves_nothing():
-    tx = _links.cautious(scale_by_nadam(rule="simplified"))
+    tx = _wrappers.cautious(scale_by_nadam(rule="simplified"))
     state = tx.init(jnp.ones(4))._replace(m=jnp.full(4, -1.0), v=jnp.ones(4), count=jnp.int32(5))
     updates, _ = tx.update(jnp.full(4, 1e-3), state)
     chex.assert_trees_all_equal(updates, jnp.zeros(4))
 
 
 def test_caution_drops_what_has_no_gradient():
-    tx = _links.cautious(scale_by_nadam(rule="simplified"))
+    tx = _wrappers.cautious(scale_by_nadam(rule="simplified"))
     state = tx.init(jnp.ones(2))._replace(m=jnp.ones(2), v=jnp.ones(2), count=jnp.int32(5))
     updates, _ = tx.update(jnp.asarray([0.0, 1.0]), state)
     assert updates[0] == 0
@@ -59,7 +59,7 @@ def test_clipping_by_the_rms_of_the_gradient_over_the_root(rng, dtype):
 
 
 def test_rows_without_gradient_stay_while_their_moments_decay():
-    tx = _links.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "dense": False})
+    tx = _wrappers.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "dense": False})
     params = {"table": jnp.ones((3, 2)), "dense": jnp.ones((3, 2))}
     state = tx.init(params)
     first = {name: jnp.asarray([[1.0, 2.0], [0.5, 1.0], [0.0, 0.0]]) for name in params}
@@ -79,8 +79,8 @@ def test_rows_are_chosen_by_a_function_too():
         return jax.tree.map(lambda p: p.ndim == 2, params)
 
     params = {"table": jnp.ones((3, 2)), "bias": jnp.ones(2)}
-    chosen = _links.keep_rows_without_gradient(scale_by_nadam(), mask)
-    fixed = _links.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "bias": False})
+    chosen = _wrappers.keep_rows_without_gradient(scale_by_nadam(), mask)
+    fixed = _wrappers.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "bias": False})
     state = chosen.init(params)._replace(m=params, v=params)
     grads = {"table": jnp.asarray([[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]]), "bias": jnp.zeros(2)}
     updates, _ = chosen.update(grads, state)
