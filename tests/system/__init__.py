@@ -1,0 +1,1 @@
+"""Tests of the package as a part of larger systems: devices, processes, checkpoints, other libraries."""
