@@ -332,8 +332,8 @@ def note() -> str:
     """The text below the table."""
     return f"""\
 {SEEDS} seeds. Each optimizer has the learning rate with the lowest mean train loss on {TUNING_SEEDS} other seeds, out
-of {GRID_SIZE}, each twice the one before. It rises for a tenth of the run and falls to zero on a cosine. For a seed, all
-optimizers have the same weights and batches; nothing is clipped. Losses are medians with quartiles over the seeds;
+of {GRID_SIZE}, each twice the one before. It rises for a tenth of the run and falls to zero on a cosine. For a seed,
+all optimizers have the same weights and batches; nothing is clipped. Losses are medians with quartiles over the seeds;
 losses of batches are over the tenth of the run that ends at a quarter and at half of it. Differences are means over the
 seeds, seed by seed, with their standard error; a difference of at most {CLEAR:g} standard errors is "unclear". On the
 finer grid each optimizer has the best of its learning rate, that divided and that multiplied by the root of two, on the
