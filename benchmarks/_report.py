@@ -21,13 +21,13 @@ PACKAGES = ("optax_nadam", "jax", "jaxlib", "optax", "numpy")
 def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
     """Seconds of each call, all calls taking turns; each must block until its result is there.
 
-    The turns are in an order of chance, anew in each round: what a call leaves behind, in caches and in the
-    allocator, then does not always fall on the same one.
+    The order is shuffled in each round, so that what a call leaves in caches and in the allocator does not always
+    affect the same other one.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    chance = random.Random(0)
+    rng = random.Random(0)
     for repeat in range(warmup + repeats):
-        for name, call in chance.sample(list(calls.items()), len(calls)):
+        for name, call in rng.sample(list(calls.items()), len(calls)):
             started = time.perf_counter()
             call()
             if repeat >= warmup:
@@ -36,7 +36,7 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: in
 
 
 def median_and_spread(seconds: list[float]) -> tuple[float, float, float]:
-    """Median, and the quartiles around it, in milliseconds."""
+    """Median and quartiles, in milliseconds."""
     low, middle, high = statistics.quantiles(seconds, n=4)
     return 1e3 * middle, 1e3 * low, 1e3 * high
 
@@ -58,9 +58,9 @@ def save(
     hardware: str | None = None,
     packages: tuple[str, ...] = (),
 ) -> None:
-    """Writes a result with its machine, versions and date, prints it, and makes the tables anew.
+    """Writes a result with its machine, versions and date, prints it, and rewrites the tables.
 
-    A result that is not about the machine it was had on names its own backend, hardware and further packages.
+    A result that is not about this machine names its own backend, hardware and further packages.
     """
     result = {
         "question": question,
@@ -80,7 +80,7 @@ def save(
 
 
 def machine() -> str:
-    """Processor or accelerator, as far as the system tells."""
+    """Processor or accelerator, as the system names it."""
     if jax.default_backend() != "cpu":
         return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     model = platform.processor() or platform.machine()
@@ -112,8 +112,8 @@ def write_tables() -> None:
     results = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     head = (
         "# Benchmarks\n\n"
-        "One script per question; rivals take turns in one run on the same arrays, after a warm-up. Times are\n"
-        "medians with quartiles. This page is written by the scripts from `results/`: run one as its table says,\n"
-        'from the root of the repository, with the package installed (`pip install -e ".[test]"`).\n'
+        "One script per question. Rivals take turns in one run, on the same arrays, after a warm-up; times are\n"
+        "medians with quartiles. The scripts write this page from `results/`. Run one with the command under its\n"
+        'heading, from the root of the repository, with the package installed (`pip install -e ".[test]"`).\n'
     )
     (Path(__file__).parent / "README.md").write_text("\n".join([head, *map(table, results)]))

@@ -1,4 +1,4 @@
-"""Optimizers of every framework behind one face: start on a problem, take a step, wait for it, read the params."""
+"""Optimizers of every framework behind one interface: start on a problem, take a step, wait, read the params."""
 
 import dataclasses
 import importlib.util
@@ -22,7 +22,7 @@ ENVIRONMENT = {  # to be set before a framework is imported
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # or torch finds the GPU full
 }
 LEARNING_RATE, EPS = 1e-3, 1e-7
-# Bytes a parameter that a step cannot do without: read param, gradient and two moments, write all but the gradient.
+# The least bytes a parameter that a step moves: read param, gradient and two moments, write all but the gradient.
 STEP_BYTES = 28
 
 
@@ -37,7 +37,7 @@ class Problem:
 
     @classmethod
     def of(cls, shapes: Sequence[tuple[int, ...]]) -> "Problem":
-        """Drawn in float32, the same ones whenever it is called."""
+        """Random float32 arrays of these shapes, from a fixed seed."""
         rng = np.random.default_rng(20261122)
         params, grads = ([x * rng.standard_normal(shape, np.float32) for shape in shapes] for x in (0.02, 0.1))
         return cls(params, grads)
@@ -51,12 +51,12 @@ class Problem:
 
 @dataclass(frozen=True)
 class Run:
-    """An optimizer at work on params of its own.
+    """An optimizer that trains params of its own.
 
     Attributes:
-      step: begins a step, or as many as ``steps`` says, and may return before they are done.
-      wait: returns when all that was begun is done.
-      params: the params as they are, as NumPy arrays.
+      step: starts ``steps`` steps, and may return before they are done.
+      wait: returns when all steps that were started are done.
+      params: the current params, as NumPy arrays.
       steps: how many steps one call takes.
     """
 
@@ -72,12 +72,12 @@ class Rival:
 
     Attributes:
       name: as shown.
-      start: sets it to work on a problem.
-      updates: what it must subtract, over the learning rate: from a leaf's gradients, with a leading axis of steps,
-        to its updates. None for what is no optimizer.
+      start: starts it on a problem.
+      updates: the updates it must make, before the learning rate: a function of a leaf's gradients, with a leading
+        axis of steps. None for what is not an optimizer.
       packages: what must be installed.
       has_gpu: whether its framework sees a GPU; None where that framework is jax.
-      bytes: bytes a parameter that it must move.
+      bytes: the least bytes a parameter that it moves.
     """
 
     name: str
@@ -88,7 +88,7 @@ class Rival:
     bytes: int = STEP_BYTES
 
     def left_out(self) -> str | None:
-        """Why it cannot take part, or None: its framework must be there, and on the kind of device that jax is on."""
+        """Why it cannot take part, or None: its framework must be installed, on the kind of device that jax is on."""
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if missing:
             return f"{' and '.join(missing)} not installed"
@@ -98,7 +98,7 @@ class Rival:
 
 
 def error(rival: Rival, calls: int = 3) -> float:
-    """Relative error of the way of the params in a few steps on small leaves, the worst over the leaves."""
+    """Relative error of the change of the params over a few steps on small leaves, the worst over the leaves."""
     problem = Problem.of([(5, 3), (4,), (2, 3, 3, 2)])
     run = rival.start(problem)
     before = run.params()
@@ -115,7 +115,7 @@ def error(rival: Rival, calls: int = 3) -> float:
 
 
 def nadam(rule: str = "scheduled", momentum_decay: float = 4e-3) -> Callable[[Any], Any]:
-    """The updates of a dialect of Nadam, in double precision."""
+    """The updates of a variant of Nadam, in double precision."""
     return lambda grads: Nadam(rule, eps=EPS, momentum_decay=momentum_decay).updates(grads)[0]
 
 
@@ -131,7 +131,7 @@ def adam(grads: Any, b1: float = 0.9, b2: float = 0.999) -> Any:
 def jax_rival(name: str, tx: Any, updates: Callable[[Any], Any] | None, looped: int = 0) -> Rival:
     """An Optax transformation and ``apply_updates`` under jit, params and state donated.
 
-    Looped, that many steps make one program, so that the host's part, to hand over hundreds of arrays, is paid once.
+    Looped, that many steps are one program, so that the dispatch of hundreds of arrays is paid once.
     """
     one = whole_step(tx, apply=True)
     step = jax.jit(in_a_loop(one) if looped else one, donate_argnums=(0, 1))
@@ -152,8 +152,8 @@ def jax_rival(name: str, tx: Any, updates: Callable[[Any], Any] | None, looped: 
 def in_a_loop(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step for each of ``scales``, by which the gradients are multiplied.
 
-    They are ones, but the compiler does not know: without them it could take what it makes of the gradients alone
-    out of the loop, and the steps would no longer be those of a training run.
+    They are ones, but the compiler does not know that. Without them it could move the work on the gradients alone out
+    of the loop, and the steps would not be those of a training run.
     """
 
     def steps(params: Any, state: Any, grads: Any, scales: Any) -> Any:
@@ -166,7 +166,7 @@ def in_a_loop(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def jax_copy(looped: int = 0) -> Rival:
-    """``x + 1`` in place on one array as large as params and moments: the traffic of a step, less the gradients."""
+    """``x + 1`` in place on one array as large as params and moments: the traffic of a step without the gradients."""
     ones = optax.stateless(lambda _, params: jax.tree.map(jnp.ones_like, params))
     name = "copy: x + 1 in place, jax" + (", in a loop" if looped else "")
     rival = jax_rival(name, ones, None, looped)
@@ -199,7 +199,7 @@ def torch_copy() -> Rival:
 
 
 def keras_rival() -> Rival:
-    """Keras 3 on its JAX backend, as its own trainer calls it: stateless, under jit, donated."""
+    """Keras 3 on its JAX backend, called as by its own trainer: stateless, under jit, donated."""
 
     def start(problem: Problem) -> Run:
         import keras
@@ -278,7 +278,7 @@ def _torch(x: Any) -> Any:
 
 
 def _torch_wait() -> None:
-    """Waits for all work of the device; on a processor there is none to wait for."""
+    """Waits for all work of the device; a processor has none."""
     import torch
 
     torch.get_device_module(_torch_device()).synchronize()

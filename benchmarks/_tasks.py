@@ -14,27 +14,27 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 WIDTH, HEADS, LAYERS, CONTEXT = 64, 4, 2, 32
-SMOOTHING = 0.1  # of the labels of the digits: else the loss would go to zero, and the faster the higher the rate
-MEASURED = 1024  # windows of each part of the text that the loss is taken over when all is done
+SMOOTHING = 0.1  # of the labels of the digits; without it the loss would go to zero, faster at a higher learning rate
+MEASURED = 1024  # windows of each part of the text that the final loss is taken over
 
 Params = Any
 Activation = Callable[[jax.Array], jax.Array]
-Batch = tuple[jax.Array, jax.Array]  # what goes in, and the right answers
+Batch = tuple[jax.Array, jax.Array]  # inputs and labels
 
 
 class Task(NamedTuple):
-    """Something to learn.
+    """A training task.
 
     Attributes:
-      name: what the tables call it.
+      name: as in the tables.
       steps: of a run; the learning rate rises for a tenth of them and falls to zero on a cosine.
-      peak: the learning rate at its highest.
-      init: makes weights of a key.
+      peak: the highest learning rate.
+      init: makes weights from a key.
       loss: mean cross-entropy of weights on a batch, in nats.
-      draw: makes a batch of a key.
-      train: what is learnt from, or a fixed and large part of it.
-      held_out: the like that is not learnt from.
-      floor: what no weights could get the loss below.
+      draw: makes a batch from a key.
+      train: the training data, or a fixed and large part of it.
+      held_out: data of the same kind that is not trained on.
+      floor: the lowest loss that any weights could have.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Task(NamedTuple):
 
 
 def language_model(activation: Activation = jax.nn.relu) -> Task:
-    """A transformer over bytes that reads the help texts of Python itself, the last tenth of them held out.
+    """A transformer over bytes, trained on the help texts of Python itself; the last tenth of them is held out.
 
-    With a smooth activation, two runs that differ by rounding alone stay together much longer.
+    With a smooth activation, two runs that differ by rounding alone stay close much longer.
     """
     text = np.frombuffer("\n".join(topics[name] for name in sorted(topics)).encode(), np.uint8)
     alphabet, codes = np.unique(text, return_inverse=True)
@@ -107,13 +107,13 @@ def _smooth(labels: ArrayLike) -> jax.Array:
 
 
 def _windows(text: jax.Array, starts: jax.Array) -> Batch:
-    """Pieces of a text, and what follows each of their bytes."""
+    """Pieces of a text, and the byte after each of their bytes."""
     pieces = text[starts[:, None] + jnp.arange(CONTEXT + 1)]
     return pieces[:, :-1], pieces[:, 1:]
 
 
 def _spread(text: jax.Array) -> Batch:
-    """Windows evenly spread over a text."""
+    """Windows evenly spaced over a text."""
     return _windows(text, jnp.asarray(np.linspace(0, len(text) - CONTEXT - 1, MEASURED).astype(np.int32)))
 
 
@@ -122,7 +122,7 @@ def _normal(key: jax.Array, shape: tuple[int, ...], gain: float = 1.0) -> jax.Ar
     return gain * math.prod(shape[:-1]) ** -0.5 * jax.random.normal(key, shape)
 
 
-def _transformer(key: jax.Array, letters: int) -> Params:
+def _transformer(key: jax.Array, alphabet_size: int) -> Params:
     def block(key: jax.Array) -> Params:
         mix, out, up, down = jax.random.split(key, 4)
         return {
@@ -133,19 +133,19 @@ def _transformer(key: jax.Array, letters: int) -> Params:
             "gains": jnp.ones((2, WIDTH)),
         }
 
-    embed, place, head, *blocks = jax.random.split(key, 3 + LAYERS)
+    embed, position, head, *blocks = jax.random.split(key, 3 + LAYERS)
     return {
-        "embed": _normal(embed, (letters, WIDTH)),
-        "place": _normal(place, (CONTEXT, WIDTH), 0.5),
+        "embed": _normal(embed, (alphabet_size, WIDTH)),
+        "position": _normal(position, (CONTEXT, WIDTH), 0.5),
         "blocks": [block(key) for key in blocks],
         "gain": jnp.ones(WIDTH),
-        "head": _normal(head, (WIDTH, letters)),
+        "head": _normal(head, (WIDTH, alphabet_size)),
     }
 
 
 def _next_byte(params: Params, x: jax.Array, activation: Activation) -> jax.Array:
     """Logits for the byte after each."""
-    h = params["embed"][x] + params["place"]
+    h = params["embed"][x] + params["position"]
     for block in params["blocks"]:
         h = h + _attention(_scaled(h, block["gains"][0]) @ block["mix"]) @ block["out"]
         h = h + activation(_scaled(h, block["gains"][1]) @ block["up"]) @ block["down"]
@@ -179,7 +179,7 @@ def _digit(params: Params, images: jax.Array) -> jax.Array:
 
 
 def _convolved(x: jax.Array, layer: Params) -> jax.Array:
-    """Convolution as one product of matrices: XLA:CPU takes nine times as long over its own inside a loop."""
+    """Convolution as one matrix product: inside a loop, XLA:CPU takes nine times as long for its own."""
     padded, size = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), x.shape[1]
     patches = [padded[:, i : i + size, j : j + size] for i in range(3) for j in range(3)]
     return jnp.concatenate(patches, axis=-1) @ layer["w"].reshape(-1, layer["w"].shape[-1]) + layer["b"]

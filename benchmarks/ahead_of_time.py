@@ -1,4 +1,4 @@
-"""What do the compilers for TPU and GPU make of a step? They need neither, only what the extra ``aot`` brings."""
+"""What does a step compile to on TPU and GPU? Needs neither, only the compilers of the extra ``aot``."""
 
 import collections
 import functools
@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -32,13 +32,13 @@ SPLIT = PartitionSpec("data")
 
 
 class Target(NamedTuple):
-    """Chips to compile for, which need not be there.
+    """Chips to compile for, which need not be present.
 
     Attributes:
-      platform: as JAX calls it.
-      hardware: which they are.
-      package: what brings the compiler.
-      topologies: how to ask for so many of them.
+      platform: its name in JAX.
+      hardware: what the tables say of it.
+      package: the package with the compiler.
+      topologies: for a number of chips, the arguments that ask for it.
     """
 
     platform: str
@@ -94,47 +94,47 @@ NOTE = """\
 Compiled ahead of time, not run; needs the extra `aot` (`pip install -e ".[aot]"`). A whole step: update, weight decay,
 learning rate, `apply_updates`; gradients given, params and state donated. All figures are of one chip. Arrays are one
 float32 leaf, the same in bfloat16, or the 148 float32 leaves of GPT-2 small. Params, gradients and moments are split
-over the chips; under ZeRO-1 params are whole on each, so bytes are a parameter of the whole model.
+over the chips. Under ZeRO-1 every chip has whole params, and bytes are per parameter of the whole model.
 
-Traffic is what passes between the chip and its memory, read from the program. The floor is 28 in float32 (read params,
-gradients and two moments; write params and moments) and 22 for bfloat16 params and gradients with float32 moments;
-`optax.nadam` keeps bfloat16 moments there, hence 14. """
+Traffic is what passes between the chip and its memory, read from the program. The minimum is 28 in float32 (read
+params, gradients and two moments; write params and moments) and 22 for bfloat16 params and gradients with float32
+moments; `optax.nadam` has bfloat16 moments there, hence 14. """
 NOTES = {
     "tpu": NOTE
     + """\
 Bytes accessed is XLA's own
-count: it adds the scalars, at most 0.3 MB a step whatever the size of the leaves, and counts several times what is
-fetched ahead into the chip, as in GPT-2. In place: results that take a donated argument's memory; two rules do not read
-the product of the momenta, a scalar, so its place is not used again.
+count: it adds the scalars, at most 0.3 MB a step whatever the size of the leaves, and counts prefetched arrays several
+times, as in GPT-2. In place: results that take a donated argument's memory; two rules do not read the product of the
+momenta, a scalar, so its memory is not reused.
 
-Under ZeRO-1 it pays to gather the updates (a link that constrains their sharding). Where `out_shardings` alone asks for
-whole params, the compiler gathers the new params and copies all params twice; the traffic shown there is an upper
-bound, for it takes the old params to be read whole.""",
+Under ZeRO-1 on TPU, gather the updates (with a transformation that constrains their sharding). Where `out_shardings`
+alone asks for whole params, the compiler gathers the new params and copies all params twice; the traffic shown there is
+an upper bound, since it counts the old params as read whole.""",
     "gpu": NOTE
     + """\
 XLA has no count of
 its own for GPUs. Temporaries are some hundreds of bytes a leaf, whatever its size. In place: results that take a
-donated argument's memory; two rules do not read the product of the momenta, a scalar, so its place is not used again.
+donated argument's memory; two rules do not read the product of the momenta, a scalar, so its memory is not reused.
 
-Under ZeRO-1, other than on TPU, it pays to leave the gathering to `out_shardings`: the compiler steps the shard of the
-params and gathers the new ones. The traffic shown there is an upper bound, for it takes the old params to be read
-whole; at least it is 8.""",
+Under ZeRO-1 on GPU, leave the gathering to `out_shardings`: the compiler steps the shard of the params and gathers the
+new ones. The traffic shown there is an upper bound, since it counts the old params as read whole; the lower bound is
+8.""",
 }
 
 
 @functools.cache
 def mesh_of(target: str, chips: int) -> Mesh:
-    """Chips that need not exist, in one axis, ``data``."""
+    """A mesh of chips that need not exist, with one axis, ``data``."""
     platform, *_, ways = TARGETS[target]
     for name, value in NO_TPU_HERE.items():
         os.environ.setdefault(name, value)
-    jax.config.update("jax_platforms", "cpu")  # or plugins look for their chips, and are not there without them
+    jax.config.update("jax_platforms", "cpu")  # or plugins look for their chips and fail without them
     devices = topologies.get_topology_desc(platform=platform, **ways[chips]).devices
     return Mesh(np.asarray(devices), ("data",))
 
 
 def installed() -> bool:
-    """Whether the compilers for all chips are here, as with the extra ``aot``; where chips are, one is, for those."""
+    """Whether the compilers for all targets are installed, as with the extra ``aot``; a machine with chips has one."""
     return all(importlib.util.find_spec(target.package.replace("-", "_")) for target in TARGETS.values())
 
 
@@ -157,7 +157,7 @@ def compiled_step(
 ) -> Any:
     """The executable of a step that donates params and state; gradients and moments are split over the chips.
 
-    Results lie where the compiler puts them or, pinned, where the params and the state lay.
+    The compiler chooses the sharding of the results or, pinned, they have that of the params and the state.
     """
     params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
     donated = laid_out(params, mesh, params_spec), laid_out(jax.eval_shape(tx.init, params), mesh, SPLIT)
@@ -167,7 +167,7 @@ def compiled_step(
 
 
 def gathered(tx: Any, mesh: Mesh) -> Any:
-    """An optimizer whose updates are brought together on every chip (ZeRO-1: whole params, split moments)."""
+    """An optimizer whose updates are gathered on every chip (ZeRO-1: whole params, split moments)."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     gather = optax.stateless(lambda updates, _: jax.lax.with_sharding_constraint(updates, everywhere))
     return optax.chain(tx, gather)
@@ -201,25 +201,25 @@ def instructions(compiled: Any) -> Iterator[Instruction]:
 
 
 def kernels(compiled: Any) -> collections.Counter[str]:
-    """How many kernels of which kind work on arrays; to fetch them ahead, or to name them, is no work."""
+    """The number of kernels of each kind that work on arrays; prefetching and renaming are not work."""
     operations = (x.operation for x in instructions(compiled))
     return collections.Counter(x for x in operations if x not in _NO_WORK | _FETCHED)
 
 
 def collectives(compiled: Any) -> collections.Counter[str]:
-    """How many collectives of which kind there are anywhere in the program."""
+    """The number of collectives of each kind, anywhere in the program."""
     return collections.Counter(_COLLECTIVE.findall(compiled.as_text()))
 
 
 def in_place(compiled: Any) -> int:
-    """How many results take the place of a donated argument."""
+    """The number of results that take the memory of a donated argument."""
     return compiled.as_text().split("\n")[0].count("-alias)")
 
 
 def traffic(compiled: Any) -> int:
-    """Bytes of arrays that pass between one chip and its memory, where every kernel reads its operands whole.
+    """Bytes of arrays that pass between one chip and its memory, if every kernel reads its operands whole.
 
-    XLA's own figure, ``bytes accessed``, has scalars too, and counts what is fetched ahead several times.
+    XLA's own figure, ``bytes accessed``, includes scalars and counts prefetched arrays several times.
     """
     total = 0
     for type_, operation, operands in instructions(compiled):
@@ -231,7 +231,7 @@ def traffic(compiled: Any) -> int:
 
 
 def _bytes(type_: str, on_chip: bool = True) -> int:
-    """The size of the arrays of a type, with or without those kept in the chip's own memory."""
+    """The size of the arrays of a type, with or without those in the chip's own memory."""
     return sum(
         math.prod(map(int, shape.split(","))) * int(bits or 8) // 8
         for bits, shape, layout in _ARRAY.findall(type_)
@@ -240,7 +240,7 @@ def _bytes(type_: str, on_chip: bool = True) -> int:
 
 
 def row(name: str, arrays: str, compiled: Any, shapes: Shapes, chips: int, replicated: bool = False) -> list[Any]:
-    """One line of the table, of one chip and the parameters on it."""
+    """One row of the table, for one chip and the parameters on it."""
     costs = compiled.cost_analysis()
     memory, size = compiled.memory_analysis(), sum(map(math.prod, shapes.values()))
     here = size if replicated else size // chips
@@ -249,7 +249,7 @@ def row(name: str, arrays: str, compiled: Any, shapes: Shapes, chips: int, repli
         arrays,
         chips,
         f"{traffic(compiled) / here:.2f}",
-        f"{costs['bytes accessed'] / here:.2f}" if costs else "not told",
+        f"{costs['bytes accessed'] / here:.2f}" if costs else "no count",
         ", ".join(f"{count / len(shapes):g} {kind}" for kind, count in sorted(kernels(compiled).items())),
         sum(collectives(compiled).values()),
         memory.temp_size_in_bytes,
@@ -259,13 +259,14 @@ def row(name: str, arrays: str, compiled: Any, shapes: Shapes, chips: int, repli
     ]
 
 
-OURS = {f"nadam, {rule}": optax_nadam.nadam(1e-3, rule=rule) for rule in RULES} | {"nadamw": optax_nadam.nadamw(1e-3)}
+OURS = {f"nadam, {rule}": optax_nadam.nadam(1e-3, rule=cast("optax_nadam.RuleName", rule)) for rule in RULES}
+OURS["nadamw"] = optax_nadam.nadamw(1e-3)
 RIVALS = {"optax.nadam": optax.nadam(1e-3), "optax.nadamw": optax.nadamw(1e-3), "optax.adamw": optax.adamw(1e-3)}
 PAIR = {"nadam, scheduled": OURS["nadam, scheduled"], "optax.nadam": RIVALS["optax.nadam"]}
 
 
 def rows(target: str) -> Iterator[list[Any]]:
-    """All optimizers on one chip and on many; ours and its counterpart on other arrays and in another layout."""
+    """All optimizers on one chip and on many; ours and ``optax.nadam`` on other arrays and under ZeRO-1 too."""
     meshes = {chips: mesh_of(target, chips) for chips in TARGETS[target].topologies}
     one, several = meshes[1], list(meshes)[1]
     for name, tx in (OURS | RIVALS).items():
@@ -282,7 +283,7 @@ def rows(target: str) -> Iterator[list[Any]]:
 
 
 def save_compiled(name: str, question: str, columns: list[str], rows: list[list[Any]], note: str, target: str) -> None:
-    """Writes what a compiler made, which is not about the machine it ran on."""
+    """Writes a result about compiled programs, which is not about this machine."""
     chips = TARGETS[target]
     packages = (chips.package,)
     save(name, question, columns, rows, note, backend=f"for-{target}", hardware=chips.hardware, packages=packages)
@@ -293,7 +294,7 @@ def main() -> None:
     for target in TARGETS:
         save_compiled(
             "ahead_of_time",
-            f"What does the compiler for {target.upper()} make of a step?",
+            f"What does a step compile to on {target.upper()}?",
             [
                 "optimizer",
                 "arrays",

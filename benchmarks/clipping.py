@@ -16,18 +16,18 @@ from benchmarks._report import interleaved, median_and_spread, milliseconds, sav
 from benchmarks.step_time import gpt2_small
 from benchmarks.tracing import whole_step
 
-COLUMNS = ["link in front", "optimizer"]
+COLUMNS = ["clipping", "optimizer"]
 NOTE = """\
 A whole step on the shapes of GPT-2 small (148 float32 leaves, 124 M), gradients given, params and state donated; the
-norm is so large that every step clips. To know the norm, every gradient must be read once more: 4 bytes a parameter.
+norm is so large that every step clips. The norm reads every gradient once more: 4 bytes a parameter.
 `optax.clip_by_global_norm` divides each leaf by the norm, under a select. XLA:CPU does not repeat that division in each
-of its three passes, but keeps the quotients: 4 bytes of temporaries. `clip_by_factor` of this script makes one scalar,
-`minimum(1, max_norm / norm)`, and multiplies by it, which every pass repeats. The difference is that of the params
-after all the steps timed, relative to how far they have moved."""
+of its three passes, but stores the quotients: 4 bytes of temporaries. `clip_by_factor` of this script computes one
+scalar, `minimum(1, max_norm / norm)`, and multiplies by it, which every pass repeats. The difference is that of the
+params after all timed steps, relative to how far they have moved."""
 
 COMPILED_NOTE = (
-    "Compiled ahead of time, not run; needs the extra `aot`. The norm is one more reading of the gradients, one more"
-    " fusion a leaf; either way of clipping is fused into the update."
+    "Compiled ahead of time, not run; needs the extra `aot`. The norm reads the gradients once more, in one more fusion"
+    " a leaf; both ways of clipping are fused into the update."
 )
 
 
@@ -43,19 +43,19 @@ def clip_by_factor(max_norm: ArrayLike) -> optax.GradientTransformation:
 
 
 NONE, CLIP, FACTOR = "none", "optax.clip_by_global_norm", "clip_by_factor"
-LINKS = {NONE: optax.identity(), CLIP: optax.clip_by_global_norm(1.0), FACTOR: clip_by_factor(1.0)}
+CLIPPINGS = {NONE: optax.identity(), CLIP: optax.clip_by_global_norm(1.0), FACTOR: clip_by_factor(1.0)}
 OPTIMIZERS = {"nadamw": optax_nadam.nadamw(1e-3), "optax.nadamw": optax.nadamw(1e-3)}
 
 
 def chains() -> Iterator[tuple[str, str, Any]]:
-    """Every link in front of every optimizer."""
+    """Every optimizer after every way of clipping."""
     for name, tx in OPTIMIZERS.items():
-        for link, clip in LINKS.items():
-            yield link, name, optax.chain(clip, tx)
+        for clipping, clip in CLIPPINGS.items():
+            yield clipping, name, optax.chain(clip, tx)
 
 
 def compiled_step(tx: Any, grads: Any) -> tuple[Callable[[], Any], Any]:
-    """A call that takes one step on params and a state of its own and returns the params, and the executable."""
+    """A call that takes one step on its own params and state and returns the params; and the executable."""
     params = jax.tree.map(jnp.ones_like, grads)
     carry = [params, tx.init(params)]
     executable = jax.jit(whole_step(tx, apply=True), donate_argnums=(0, 1)).lower(*carry, grads).compile()
@@ -74,7 +74,7 @@ def gradients(shapes: Sequence[tuple[int, ...]]) -> list[jax.Array]:
 
 
 def difference(one: Any, other: Any) -> float:
-    """Relative, in the norm of all steps from 1."""
+    """Relative difference of two trees of params that started from 1."""
     a, b = (np.concatenate([np.ravel(x) - 1.0 for x in jax.tree.leaves(tree)]) for tree in (one, other))
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
@@ -82,16 +82,16 @@ def difference(one: Any, other: Any) -> float:
 def measured(shapes: Sequence[tuple[int, ...]], repeats: int) -> Iterator[list[Any]]:
     """Time, bytes and temporaries of every chain on this machine."""
     grads, size = gradients(shapes), sum(map(math.prod, shapes))
-    ready = {(link, name): compiled_step(tx, grads) for link, name, tx in chains()}
+    ready = {(clipping, name): compiled_step(tx, grads) for clipping, name, tx in chains()}
     seconds = interleaved({" ".join(key): call for key, (call, _) in ready.items()}, repeats, warmup=3)
     times = {key: median_and_spread(seconds[" ".join(key)])[0] for key in ready}
-    for (link, name), (call, executable) in ready.items():
-        apart = difference(call(), ready[CLIP, name][0]()) if link == FACTOR else None
+    for (clipping, name), (call, executable) in ready.items():
+        apart = difference(call(), ready[CLIP, name][0]()) if clipping == FACTOR else None
         yield [
-            link,
+            clipping,
             name,
-            milliseconds(seconds[f"{link} {name}"]),
-            f"{times[link, name] / times[NONE, name]:.2f}",
+            milliseconds(seconds[f"{clipping} {name}"]),
+            f"{times[clipping, name] / times[NONE, name]:.2f}",
             f"{executable.cost_analysis()['bytes accessed'] / size:.1f}",
             f"{executable.memory_analysis().temp_size_in_bytes / size:.2f}",
             "" if apart is None else f"{apart:.1e}",
@@ -103,10 +103,10 @@ def compiled_for(target: str) -> Iterator[list[Any]]:
     mesh = aot.mesh_of(target, 1)
     for arrays, shapes in {"8192 x 8192": aot.LARGE, "GPT-2 small": aot.GPT2}.items():
         size = sum(map(math.prod, shapes.values()))
-        for link, name, tx in chains():
+        for clipping, name, tx in chains():
             compiled = aot.compiled_step(tx, shapes, mesh)
             yield [
-                link,
+                clipping,
                 name,
                 arrays,
                 f"{aot.traffic(compiled) / size:.2f}",

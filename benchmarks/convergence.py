@@ -1,4 +1,4 @@
-"""Where does Nadam win, and which of its rules?
+"""Does Nadam train better than Adam, and with which rule?
 
 python -m benchmarks.convergence            three tasks, ten optimizers, each at a learning rate tuned for it
 python -m benchmarks.convergence --quick    few steps; writes nothing
@@ -24,20 +24,20 @@ from benchmarks._report import save
 from benchmarks._tasks import Batch, Params, Task
 
 PICTURE = Path(__file__).parents[1] / "docs" / "img" / "convergence.png"
-RATES, TUNING_SEEDS = 6, 2
-SEEDS = RATES * TUNING_SEEDS  # so that tuning and evaluation are one compiled program
+GRID_SIZE, TUNING_SEEDS = 6, 2
+SEEDS = GRID_SIZE * TUNING_SEEDS  # so that tuning and evaluation are one compiled program
 FEWER = SEEDS // 2
 FIRST_TUNING_SEED = 1000
 CLEAR = 3.0  # standard errors; there are many comparisons
 DECAY, MOMENTUM = 0.1, 0.9
-RIDGE = 1e-2  # else the small network learns its few patients by heart
+RIDGE = 1e-2  # without it the network overfits the few patients
 ADAM, SGD, DEFAULT = "optax.adam", "SGD, Nesterov", "scheduled"
 ADAMW, NADAMW = "optax.adamw", "nadamw, scheduled"
-QUESTION = "Where does Nadam win, and which of its rules?"
+QUESTION = "Does Nadam train better than Adam, and with which rule?"
 COLUMNS = ["task", "optimizer", "learning rate", "loss of batches, at a quarter", "at half"]
-COLUMNS += ["train loss", "train loss less Adam's", "train loss less the default's"]
-COLUMNS += ["finer rates: train loss less Adam's", "finer rates: train loss less the default's"]
-COLUMNS += ["held-out loss", "held-out loss less Adam's", "held-out loss less the default's"]
+COLUMNS += ["train loss", "train loss minus Adam's", "train loss minus the default's"]
+COLUMNS += ["finer grid: train loss minus Adam's", "finer grid: train loss minus the default's"]
+COLUMNS += ["held-out loss", "held-out loss minus Adam's", "held-out loss minus the default's"]
 
 Maker = Callable[[optax.Schedule], Any]
 
@@ -59,8 +59,8 @@ class Study(NamedTuple):
     """A task, and the learning rates to try.
 
     Attributes:
-      task: what is learnt.
-      lowest: the lowest learning rate of the grid, for all but SGD; each further one is twice as high.
+      task: the training task.
+      lowest: the lowest learning rate of the grid, for all but SGD; each next one is twice as high.
       lowest_sgd: the same for SGD.
     """
 
@@ -69,17 +69,17 @@ class Study(NamedTuple):
     lowest_sgd: float
 
     def grid(self, optimizer: str) -> np.ndarray:
-        """The learning rates that an optimizer is tried with."""
-        return (self.lowest_sgd if optimizer == SGD else self.lowest) * 2.0 ** np.arange(RATES)
+        """The learning rates that an optimizer is tuned over."""
+        return (self.lowest_sgd if optimizer == SGD else self.lowest) * 2.0 ** np.arange(GRID_SIZE)
 
 
 class Runs(NamedTuple):
-    """What runs came to; the axes are optimizers and runs, and steps for the curves.
+    """Losses of runs; the axes are optimizers and runs, and steps for the curves.
 
     Attributes:
       curves: the loss of each batch.
-      train: loss on what was learnt from, when all was done.
-      held_out: loss on the rest.
+      train: the final loss on the training data.
+      held_out: the final loss on the held-out data.
     """
 
     curves: np.ndarray
@@ -91,7 +91,7 @@ Program = Callable[[np.ndarray, np.ndarray], Runs]
 
 
 def studies() -> list[Study]:
-    """The tasks; runs are short and batches small, so that all takes minutes on two cores."""
+    """The tasks; runs are short and batches small, so that everything takes minutes on two cores."""
     text, digits = _tasks.language_model(), _tasks.digits()
     text = text._replace(steps=200, train=_thinned(text.train), held_out=_thinned(text.held_out))
     return [
@@ -102,7 +102,7 @@ def studies() -> list[Study]:
 
 
 def diabetes() -> Task:
-    """A network for the course of a disease; the loss is the part of the variance left over, and a ridge penalty."""
+    """A network that predicts the course of a disease; the loss is the unexplained variance, with a ridge."""
     x, y = (part.astype(np.float32) for part in load_diabetes(return_X_y=True))
     y = (y - y.mean()) / y.std()
     parts = train_test_split(x / x.std(axis=0), y, test_size=0.25, random_state=0)
@@ -145,18 +145,18 @@ def _with_batches_of(size: int, task: Task) -> Task:
 
 
 def program(task: Task, optimizers: Sequence[Maker]) -> Program:
-    """From learning rates, of each optimizer and run, and a seed for each run, to what they come to; compiled once.
+    """A function of a learning rate for each optimizer and run and a seed for each run, to losses; compiled once.
 
-    All optimizers take a step together: their gradients are one loop, as compiling each alone would take longer than
-    the runs do.
+    All optimizers take a step together and their gradients are one loop: to compile each alone would take longer than
+    the runs.
     """
     warmup_cosine = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, task.steps // 10), task.steps)
 
-    def update(make: Maker, rate: jax.Array, grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
-        updates, state = make(lambda count: rate * warmup_cosine(count)).update(grads, state, params)
+    def update(make: Maker, peak: jax.Array, grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+        updates, state = make(lambda count: peak * warmup_cosine(count)).update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    def train(rates: jax.Array, seeds: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def train(peaks: jax.Array, seeds: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         weights, orders = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1)(seeds)
 
         def step(carry: tuple[Params, list[Any]], index: jax.Array) -> tuple[tuple[Params, list[Any]], jax.Array]:
@@ -164,7 +164,7 @@ def program(task: Task, optimizers: Sequence[Maker]) -> Program:
             batches = jax.vmap(lambda order: task.draw(jax.random.fold_in(order, index)))(orders)
             losses, grads = jax.lax.map(lambda p: jax.vmap(jax.value_and_grad(task.loss))(p, batches), params)
             new = [
-                jax.vmap(functools.partial(update, make))(rates[i], _at(grads, i), states[i], _at(params, i))
+                jax.vmap(functools.partial(update, make))(peaks[i], _at(grads, i), states[i], _at(params, i))
                 for i, make in enumerate(optimizers)
             ]
             return (_stacked([params for params, _ in new]), [state for _, state in new]), losses
@@ -180,7 +180,7 @@ def program(task: Task, optimizers: Sequence[Maker]) -> Program:
         )
 
     compiled = jax.jit(train)
-    return lambda rates, seeds: Runs(*jax.device_get(compiled(jnp.float32(rates), jnp.int32(seeds))))
+    return lambda peaks, seeds: Runs(*jax.device_get(compiled(jnp.float32(peaks), jnp.int32(seeds))))
 
 
 def _at(tree: Any, i: int) -> Any:
@@ -192,51 +192,51 @@ def _stacked(trees: list[Any]) -> Any:
 
 
 def _each(loss: Callable[[Params, Batch], jax.Array], params: Params, part: Batch) -> jax.Array:
-    """The loss of every optimizer and run, one after the other, as the parts of the data are large."""
+    """The loss of every optimizer and run, one after the other, since the data are large."""
     return jax.lax.map(lambda runs: jax.lax.map(lambda p: loss(p, part), runs), params)
 
 
 def tuned(study: Study, run: Program) -> np.ndarray:
-    """For each optimizer the index of the learning rate with the lowest mean train loss, by seeds kept for this."""
-    seeds = np.repeat(np.arange(TUNING_SEEDS) + FIRST_TUNING_SEED, RATES)
-    rates = np.stack([np.tile(study.grid(name), TUNING_SEEDS) for name in OPTIMIZERS])
-    losses = run(rates, seeds).train.reshape(len(OPTIMIZERS), TUNING_SEEDS, RATES).mean(axis=1)
+    """For each optimizer the index of the learning rate with the lowest mean train loss, on tuning seeds."""
+    seeds = np.repeat(np.arange(TUNING_SEEDS) + FIRST_TUNING_SEED, GRID_SIZE)
+    learning_rates = np.stack([np.tile(study.grid(name), TUNING_SEEDS) for name in OPTIMIZERS])
+    losses = run(learning_rates, seeds).train.reshape(len(OPTIMIZERS), TUNING_SEEDS, GRID_SIZE).mean(axis=1)
     return np.argmin(np.where(np.isfinite(losses), losses, np.inf), axis=1)
 
 
 def evaluated(study: Study, run: Program, chosen: np.ndarray) -> Runs:
     """Every optimizer at its learning rate, on seeds that it was not tuned with."""
-    return run(np.repeat(rates_of(study, chosen), SEEDS, axis=1), np.arange(SEEDS))
+    return run(np.repeat(learning_rates_of(study, chosen), SEEDS, axis=1), np.arange(SEEDS))
 
 
 def between(study: Study, run: Program, chosen: np.ndarray) -> Runs:
-    """Half of the seeds at rates half a step of the grid lower, and then higher."""
+    """Half of the seeds, at learning rates half a step of the grid lower and then higher."""
     shifts = np.repeat(np.sqrt([0.5, 2.0]), FEWER)
-    return run(rates_of(study, chosen) * shifts, np.tile(np.arange(FEWER), 2))
+    return run(learning_rates_of(study, chosen) * shifts, np.tile(np.arange(FEWER), 2))
 
 
-def rates_of(study: Study, chosen: np.ndarray) -> np.ndarray:
-    """The learning rates that were chosen, a row for each optimizer."""
+def learning_rates_of(study: Study, chosen: np.ndarray) -> np.ndarray:
+    """The chosen learning rates, a row for each optimizer."""
     return np.array([[study.grid(name)[i]] for name, i in zip(OPTIMIZERS, chosen, strict=True)])
 
 
 def refined(train: np.ndarray, beside: np.ndarray) -> np.ndarray:
-    """Train losses of half of the seeds, at whichever of three learning rates has the lowest mean."""
+    """Train losses of half of the seeds, at the one of three learning rates with the lowest mean."""
     losses = np.stack([train[:, :FEWER], *np.split(beside, 2, axis=1)])
     means = losses.mean(axis=-1)
     best = np.argmin(np.where(np.isfinite(means), means, np.inf), axis=0)
     return losses[best, np.arange(len(train))]
 
 
-def rate_in_words(grid: np.ndarray, chosen: int) -> str:
+def learning_rate_in_words(grid: np.ndarray, chosen: int) -> str:
     """A learning rate, marked if a better one may lie outside its grid."""
     return f"{grid[chosen]:.2g}" + ("" if 0 < chosen < len(grid) - 1 else " (edge of the grid)")
 
 
 def rows(study: Study, chosen: np.ndarray, runs: Runs, beside: Runs) -> list[list[str]]:
-    """Of the table, one for each optimizer."""
+    """The rows of the table, one for each optimizer."""
     names = list(OPTIMIZERS)
-    batches = [loss_of_batches(runs.curves, share) for share in (0.25, 0.5)]
+    batches = [loss_of_batches(runs.curves, fraction) for fraction in (0.25, 0.5)]
     finer = refined(runs.train, beside.train)
 
     def row(name: str) -> list[str]:
@@ -245,21 +245,21 @@ def rows(study: Study, chosen: np.ndarray, runs: Runs, beside: Runs) -> list[lis
         train, fine, held_out = (
             [difference(losses[i], losses[j]) for j in others] for losses in (runs.train, finer, runs.held_out)
         )
-        rate = rate_in_words(study.grid(name), int(chosen[i]))
-        return [study.task.name, name, rate, *medians[:3], *train, *fine, medians[3], *held_out]
+        learning_rate = learning_rate_in_words(study.grid(name), int(chosen[i]))
+        return [study.task.name, name, learning_rate, *medians[:3], *train, *fine, medians[3], *held_out]
 
     return [row(name) for name in names]
 
 
 def compared_with(name: str) -> tuple[str, str]:
-    """Adam and the default rule, with weight decay or without, as the optimizer itself."""
+    """Adam and the default rule; those with weight decay, if the optimizer has weight decay."""
     return (ADAMW, NADAMW) if name in (ADAMW, NADAMW) else (ADAM, DEFAULT)
 
 
-def loss_of_batches(curves: np.ndarray, share: float) -> np.ndarray:
-    """Mean over the tenth of the run that ends at a share of it."""
+def loss_of_batches(curves: np.ndarray, fraction: float) -> np.ndarray:
+    """Mean over the tenth of the run that ends at a fraction of it."""
     steps = curves.shape[-1]
-    end = max(1, round(share * steps))
+    end = max(1, round(fraction * steps))
     return curves[..., max(0, end - max(1, steps // 10)) : end].mean(axis=-1)
 
 
@@ -270,17 +270,17 @@ def median_and_quartiles(losses: np.ndarray) -> str:
 
 
 def difference(losses: np.ndarray, others: np.ndarray) -> str:
-    """Mean and standard error of the difference, seed by seed, and what to make of it."""
+    """Mean and standard error of the difference, seed by seed, and whether it is clear."""
     differences = losses - others
     if not differences.any():
         return ""
     mean, error = differences.mean(), differences.std(ddof=1) / len(differences) ** 0.5
-    word = "no difference" if abs(mean) <= CLEAR * error else "lower" if mean < 0 else "higher"
+    word = "unclear" if abs(mean) <= CLEAR * error else "lower" if mean < 0 else "higher"
     return f"{mean:+.4f} ± {error:.4f}, {word}"
 
 
 def draw(results: dict[str, Runs], path: Path) -> None:
-    """The way of four optimizers, and the end of every run."""
+    """The loss over the run of four optimizers, and the final loss of every run."""
     figure = Figure(figsize=(8.6, 7), layout="constrained")
     top, bottom = figure.subplots(2, len(results), squeeze=False, height_ratios=(2, 3))
     for above, below, (task, runs) in zip(top, bottom, results.items(), strict=True):
@@ -329,20 +329,20 @@ def draw_ends(axes: Any, runs: Runs) -> None:
 
 
 def note() -> str:
-    """What the figures are."""
+    """The text below the table."""
     return f"""\
-{SEEDS} seeds at the learning rate with the lowest mean train loss out of {RATES}, each twice the one before, tried on
-{TUNING_SEEDS} other seeds. The learning rate rises for a tenth of the run and falls to zero on a cosine. A seed means
-the same weights and batches for every optimizer; nothing is clipped. Losses are medians with quartiles over the seeds;
-those of batches are over the tenth of the run that ends at a quarter and at half of it. Differences are means over the
-seeds, seed by seed, with their standard error; "no difference" is one of at most {CLEAR:g} standard errors. At finer
-rates each optimizer has the best of its rate, that over and that times the root of two, on the first {FEWER} seeds.
-Adam is `{ADAM}` and the default `{DEFAULT}`, for the two optimizers with weight decay ({DECAY}) `{ADAMW}` and
-`{NADAMW}`. All other arguments are the defaults; the momentum of SGD is {MOMENTUM}."""
+{SEEDS} seeds. Each optimizer has the learning rate with the lowest mean train loss on {TUNING_SEEDS} other seeds, out
+of {GRID_SIZE}, each twice the one before. It rises for a tenth of the run and falls to zero on a cosine. For a seed,
+all optimizers have the same weights and batches; nothing is clipped. Losses are medians with quartiles over the seeds;
+losses of batches are over the tenth of the run that ends at a quarter and at half of it. Differences are means over the
+seeds, seed by seed, with their standard error; a difference of at most {CLEAR:g} standard errors is "unclear". On the
+finer grid each optimizer has the best of its learning rate, that divided and that multiplied by the root of two, on the
+first {FEWER} seeds. Adam is `{ADAM}` and the default `{DEFAULT}`; for the two optimizers with weight decay ({DECAY})
+they are `{ADAMW}` and `{NADAMW}`. All other arguments are the defaults; the momentum of SGD is {MOMENTUM}."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Tunes and evaluates, task by task, and writes it down."""
+    """Tunes and evaluates, task by task, and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps; writes nothing")
     quick = parser.parse_args(arguments).quick

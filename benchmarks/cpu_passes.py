@@ -1,4 +1,4 @@
-"""Can XLA on a CPU be brought to make fewer passes over the arrays than one for each result?"""
+"""Can XLA make fewer passes over the arrays on a CPU than one for each result?"""
 
 import contextlib
 import multiprocessing
@@ -26,29 +26,29 @@ Step = Callable[..., Any]
 SIZE = 2**24
 TX = optax_nadam.nadam(1e-3)
 NOTE = """\
-One float32 leaf of 2^24 elements; a whole step of `nadam`, params and state donated; each variant in a process of its
-own, all taking turns. All give the bits of the plain step, which is checked. A pass reads p, g, m, v once and writes
-p, m, v once: 28 bytes. XLA:CPU makes a kernel for each of the three results, hence 44. Bytes are XLA's count, for a
-loop that of its body in every turn (left out where XLA's count mixes what is in the loop with what is not); what a
-small chunk needs stays in the processor's cache, so the memory need not see more than 28 of them. Processor time is
-that of all threads; threads are how many XLA lets a kernel have on two cores, 1 if it divides none. Step times depend
-on whether both cores are free, processor times hardly.
+One float32 leaf of 2^24 elements; a whole step of `nadam`, params and state donated. Each way runs in its own process,
+and all take turns. All give the bits of the plain step, which is checked. A pass reads p, g, m, v once and writes
+p, m, v once: 28 bytes. XLA:CPU makes a kernel for each of the three results, hence 44. Bytes are XLA's count; for a
+loop, that of its body times its iterations (left out where XLA's count mixes the loop with the rest). The data of a
+small chunk stay in the processor's cache, so no more than 28 of the bytes need to come from memory. Processor time is
+that of all threads. Threads are the most that XLA gives a kernel on two cores. Step times depend on whether both cores
+are free, processor times hardly.
 
-A loop over chunks with the results written in place copies the whole arrays in every turn, unless XLA is told to look
-closer (`xla_cpu_copy_insertion_use_region_analysis`, which `jax.jit` takes in `compiler_options`), or the three results
-of a chunk are stacked behind an `optimization_barrier`, which needs no flag. Either saves work: fewer bytes cross the
-memory bus. But XLA runs a small chunk on one thread, and writes into an array on one, so that with every core free the
-plain step, which is divided over the cores, can be as fast or faster. Around `scale_by_nadam` alone the loop loses, as
-the update has to be kept for the links that follow. Multi-output fusion is a flag of the process, which `jax.jit` does
-not take, and saves one reading of four bytes. So the library leaves the step as it is: on GPU and TPU it is one pass,
-and `lax.platform_dependent` would keep it so."""
+A loop over chunks that writes its results in place copies the whole arrays in every iteration. Two things prevent that:
+the option `xla_cpu_copy_insertion_use_region_analysis`, which `jax.jit` takes in `compiler_options`, or stacking the
+three results of a chunk behind an `optimization_barrier`. Both move fewer bytes over the memory bus. But XLA runs a
+small chunk, and a write into an array, on one thread. With every core free the plain step, which is split over the
+cores, can be as fast or faster. Around `scale_by_nadam` alone the loop is slower, as the update has to be stored for
+the next transformation. Multi-output fusion is a flag of the process, which `jax.jit` does not take, and saves one read
+of four bytes. So the library leaves the step as it is: on GPU and TPU it is one pass, and `lax.platform_dependent`
+would keep it one pass."""
 
 
 class Variant(NamedTuple):
-    """A step, and what the compiler is told."""
+    """A step, and the options of its compilation."""
 
     step: Step
-    counted: int | None = None  # elements that XLA's count of bytes is of, a loop's body being counted once; 0: a mix
+    counted: int | None = None  # elements in XLA's count of bytes, which has a loop's body once; 0: not known
     options: dict[str, Any] = {}  # noqa: RUF012  # of jax.jit; never written to
     flags: str = ""  # of the process
 
@@ -64,13 +64,13 @@ def put(tree: Any, chunk: Any, at: jax.Array) -> Any:
 
 
 def stacked(tree: Any) -> Any:
-    """The same tree, no array of which is there before all are."""
+    """The same tree, with no array ready before all are."""
     rows = iter(lax.optimization_barrier(jnp.stack([x for x in jax.tree.leaves(tree) if x.ndim])))
     return jax.tree.map(lambda x: next(rows) if x.ndim else x, tree)
 
 
 def with_scalars(arrays: Any, scalars: Any) -> Any:
-    """The arrays of one tree and the scalars of another; what makes the arrays of the other is not executed."""
+    """The arrays of one tree and the scalars of another, whose arrays are not computed."""
     return jax.tree.map(lambda x, y: x.reshape(y.shape) if y.ndim else y, arrays, scalars)
 
 
@@ -78,11 +78,11 @@ def in_chunks(step: Step, size: int, tie: Callable[[Any], Any] = lambda tree: tr
     """The step, taken chunk by chunk in place."""
 
     def chunked(params: Any, state: Any, grads: Any) -> Any:
-        def turn(i: jax.Array, carry: Any) -> Any:
+        def body(i: jax.Array, carry: Any) -> Any:
             chunk = lax.optimization_barrier(cut((*carry, grads), i * size, size))
             return put(carry, tie(step(*chunk)), i * size)
 
-        carry = lax.fori_loop(0, grads.size // size, turn, (params, state))
+        carry = lax.fori_loop(0, grads.size // size, body, (params, state))
         return with_scalars(carry, step(params, state, grads))
 
     return chunked
@@ -92,35 +92,35 @@ def scanned(step: Step, size: int) -> Step:
     """The step, scanned over chunks."""
 
     def chunked(params: Any, state: Any, grads: Any) -> Any:
-        def turn(_: None, chunk: Any) -> Any:
+        def body(_: None, chunk: Any) -> Any:
             p, m, v, g = chunk
             return None, step(p, optax.tree.set(state, m=m, v=v), g)
 
         arrays = params, optax.tree.get(state, "m"), optax.tree.get(state, "v"), grads
-        _, chunks = lax.scan(turn, None, jax.tree.map(lambda x: x.reshape(-1, size), arrays))
+        _, chunks = lax.scan(body, None, jax.tree.map(lambda x: x.reshape(-1, size), arrays))
         return with_scalars(chunks, step(params, state, grads))
 
     return chunked
 
 
-def link_in_chunks(link: optax.GradientTransformation, size: int) -> optax.GradientTransformation:
-    """A link of a chain that goes chunk by chunk, and keeps the update for the next link."""
+def transformation_in_chunks(inner: optax.GradientTransformation, size: int) -> optax.GradientTransformation:
+    """A transformation that runs chunk by chunk, and stores the update for the next one."""
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
         del params
-        chunked = in_chunks(lambda _, state, grads: link.update(grads, state), size, stacked)
+        chunked = in_chunks(lambda _, state, grads: inner.update(grads, state), size, stacked)
         return chunked(jnp.zeros_like(updates), state, updates)
 
-    return optax.GradientTransformation(link.init, update)
+    return optax.GradientTransformation(inner.init, update)
 
 
 def on_cpu(step: Step, elsewhere: Step) -> Step:
-    """One step on a CPU, another on all else."""
+    """One step on a CPU, another on every other platform."""
     return lambda *arguments: lax.platform_dependent(*arguments, cpu=step, default=elsewhere)
 
 
 PLAIN = whole_step(TX, apply=True)
-LINK = optax.chain(link_in_chunks(optax_nadam.scale_by_nadam(), 2**14), optax.scale_by_learning_rate(1e-3))
+ALONE = optax.chain(transformation_in_chunks(optax_nadam.scale_by_nadam(), 2**14), optax.scale_by_learning_rate(1e-3))
 MULTI = "--xla_backend_extra_options=xla_cpu_use_multi_output_fusion=true"
 REGIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 VARIANTS = {
@@ -134,7 +134,7 @@ VARIANTS = {
     ),
     **{f"loop, chunks of 2^{k}, results stacked": Variant(in_chunks(PLAIN, 2**k, stacked), 2**k) for k in (12, 14, 18)},
     "the same, 2^14, by `lax.platform_dependent`": Variant(on_cpu(in_chunks(PLAIN, 2**14, stacked), PLAIN), 2**14),
-    "the same, 2^14, around `scale_by_nadam` alone": Variant(whole_step(LINK, apply=True), 0),
+    "the same, 2^14, around `scale_by_nadam` alone": Variant(whole_step(ALONE, apply=True), 0),
 }
 SLOW = {
     "loop, chunks of 2^18": Variant(in_chunks(PLAIN, 2**18), 2**18),
@@ -149,7 +149,7 @@ def arrays(size: int) -> tuple[Any, Any, Any]:
 
 
 class Facts(NamedTuple):
-    """What an executable tells of itself, how many loops it would have elsewhere, and what its first step gave."""
+    """Figures of an executable, its number of loops on other platforms, and the results of its first step."""
 
     bytes: float
     temporaries: int
@@ -172,7 +172,7 @@ def facts(step: Any, executable: Any, arguments: tuple[Any, Any, Any]) -> Facts:
 
 
 def serve(connection: multiprocessing.connection.Connection, name: str, size: int) -> None:
-    """Runs a variant: sends its facts, then, while it is asked to, takes steps and sends their processor time."""
+    """Runs a variant: sends its facts, then takes a step at each request and sends its processor time."""
     variant = (VARIANTS | SLOW)[name]
     step = jax.jit(variant.step, donate_argnums=(0, 1), compiler_options=variant.options or None)
     *carry, grads = arrays(size)
@@ -186,7 +186,7 @@ def serve(connection: multiprocessing.connection.Connection, name: str, size: in
 
 
 class Worker:
-    """A variant in a process of its own, as XLA reads its flags once a process."""
+    """A variant in its own process, since XLA reads its flags once a process."""
 
     def __init__(self, name: str, variant: Variant, size: int):
         """Starts it and waits for its facts."""
@@ -199,13 +199,13 @@ class Worker:
         self.processor: list[float] = []
 
     def step(self) -> None:
-        """Takes a step and notes its processor time."""
+        """Takes a step and records its processor time."""
         self.connection.send(True)
         self.processor.append(self.connection.recv())
 
 
 def rows(variants: dict[str, Variant], size: int, repeats: int) -> Iterator[list[Any]]:
-    """One line for each variant, the first of which is the plain step."""
+    """One row for each variant, the first of which is the plain step."""
     workers = {name: Worker(name, variant, size) for name, variant in variants.items()}
     for name, worker in workers.items():
         for result, expected in zip(worker.facts.results, workers["plain"].facts.results, strict=True):
@@ -229,11 +229,11 @@ def rows(variants: dict[str, Variant], size: int, repeats: int) -> Iterator[list
 
 
 def main() -> None:
-    """Measures the variants, and the slow ones by few steps."""
+    """Measures the variants, the slow ones in few steps."""
     _, *slow = rows({"plain": VARIANTS["plain"]} | SLOW, SIZE, 3)
     save(
         "cpu_passes",
-        "Can XLA on a CPU be brought to make fewer passes over the arrays?",
+        "Can XLA make fewer passes over the arrays on a CPU?",
         [
             "step",
             "bytes accessed a parameter",

@@ -1,4 +1,4 @@
-"""What do the formats of moments and weights take: memory, traffic, time?"""
+"""How much memory, traffic and time do the formats of moments and weights take?"""
 
 import argparse
 import math
@@ -16,8 +16,8 @@ from benchmarks._report import interleaved, median_and_spread, milliseconds, sav
 from benchmarks.step_time import gpt2_small
 from benchmarks.tracing import whole_step
 
-BYTES: Any = {"m_dtype": "int8", "v_dtype": "int8"}
-NARROW: Any = {"m_dtype": "bfloat16", "v_dtype": "bfloat16"}
+INT8: Any = {"m_dtype": "int8", "v_dtype": "int8"}
+BFLOAT16: Any = {"m_dtype": "bfloat16", "v_dtype": "bfloat16"}
 
 
 class Format(NamedTuple):
@@ -30,17 +30,17 @@ class Format(NamedTuple):
 
 FORMATS = [
     Format("float32", jnp.float32, optax_nadam.nadamw(1e-3)),
-    Format("bfloat16", jnp.float32, optax_nadam.nadamw(1e-3, **NARROW)),
-    Format("int8", jnp.float32, optax_nadam.nadamw(1e-3, **BYTES)),
+    Format("bfloat16", jnp.float32, optax_nadam.nadamw(1e-3, **BFLOAT16)),
+    Format("int8", jnp.float32, optax_nadam.nadamw(1e-3, **INT8)),
     Format("float32", jnp.bfloat16, optax_nadam.nadamw(1e-3)),
-    Format("bfloat16", jnp.bfloat16, optax_nadam.nadamw(1e-3, **NARROW)),
-    Format("int8", jnp.bfloat16, optax_nadam.nadamw(1e-3, **BYTES)),
+    Format("bfloat16", jnp.bfloat16, optax_nadam.nadamw(1e-3, **BFLOAT16)),
+    Format("int8", jnp.bfloat16, optax_nadam.nadamw(1e-3, **INT8)),
     Format("float32, compensated", jnp.bfloat16, optax_nadam.compensated(optax_nadam.nadamw(1e-3))),
-    Format("int8, compensated", jnp.bfloat16, optax_nadam.compensated(optax_nadam.nadamw(1e-3, **BYTES))),
+    Format("int8, compensated", jnp.bfloat16, optax_nadam.compensated(optax_nadam.nadamw(1e-3, **INT8))),
     Format(
         "int8, compensated by int16",
         jnp.bfloat16,
-        optax_nadam.compensated(optax_nadam.nadamw(1e-3, **BYTES), remainder_dtype="int16"),
+        optax_nadam.compensated(optax_nadam.nadamw(1e-3, **INT8), remainder_dtype="int16"),
     ),
     Format("optax.nadamw", jnp.float32, optax.nadamw(1e-3)),
     Format("optax.nadamw, mu_dtype=bfloat16", jnp.float32, optax.nadamw(1e-3, mu_dtype=jnp.bfloat16)),
@@ -48,18 +48,17 @@ FORMATS = [
 ]
 COLUMNS = ["moments", "weights and gradients"]
 NOTE = """\
-The shapes of GPT-2 small, the whole step of `nadamw`, params and state donated. The state is all arrays that the
-optimizer keeps; XLA's bytes and temporaries are of the program for the CPU, which makes a kernel for each result and
-reckons the codes anew for each: hence the time of bytes. Ratios are to float32 in the same rounds; the first row is
-that very program, so what it is off one is noise. `optax.nadamw` in bfloat16 rounds moments and weights to the nearest;
-compensated weights keep 24 bits, or all of float32's 32 with int16."""
+The shapes of GPT-2 small, the whole step of `nadamw`, params and state donated. The state is all arrays of the
+optimizer. XLA's bytes and temporaries are of the program for the CPU, which has a kernel for each result and recomputes
+the codes in each; so int8 takes long. Ratios are to float32 in the same rounds; the first row is the same program, so
+its distance from 1 is noise. `optax.nadamw` in bfloat16 rounds moments and weights to the nearest. Compensated weights
+have 24 bits, or all of float32's 32 with int16."""
 COMPILED_NOTE = """\
 One leaf of 8192 x 8192, one chip, the whole step of `nadamw`, compiled ahead of time and not run; needs the extra
-`aot`. Traffic is what passes between the chip and its memory. A format whose weights and gradients are bfloat16
-reads and writes 6 bytes for them, float32 ones 12. The scales of bytes need one more reading of gradients and codes:
-6 bytes, or 4; fusions that work on the scales alone are counted too. As one kernel a leaf, in place of an XLA fusion,
-the same step would read and write 12 bytes, and 12 more for what follows it in the chain, which XLA cannot fuse with
-it: 24 (`byte_kernel`)."""
+`aot`. Traffic is what passes between the chip and its memory: 6 bytes for bfloat16 weights and gradients, 12 for
+float32, and the moments. The scales of int8 moments need one more read of gradients and codes, 6 bytes, or 4 with
+bfloat16; fusions that work on the scales alone are counted too. A custom kernel, in place of XLA's fusions, would move
+12 bytes, and 12 more for the transformations after it, which XLA cannot fuse with it: 24 (`byte_kernel`)."""
 
 
 def arrays(shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> list[jax.Array]:
@@ -69,10 +68,10 @@ def arrays(shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> list[jax.Arra
 
 
 def running(format_: Format, shapes: Sequence[tuple[int, ...]]) -> tuple[Callable[[], Any], Any, int]:
-    """A step that goes on from the last one, its program, and the bytes of its state."""
+    """A step that continues from the last one, its executable, and the bytes of its state."""
     params, grads = (arrays(shapes, format_.weights) for _ in range(2))
     state = jax.jit(format_.tx.init)(params)
-    kept = sum(x.nbytes for x in jax.tree.leaves(state))
+    stored = sum(x.nbytes for x in jax.tree.leaves(state))
     step = jax.jit(whole_step(format_.tx, apply=True), donate_argnums=(0, 1))
     executable = step.lower(params, state, grads).compile()
     carry = [params, state]
@@ -81,7 +80,7 @@ def running(format_: Format, shapes: Sequence[tuple[int, ...]]) -> tuple[Callabl
         carry[:] = executable(*carry, grads)
         return jax.block_until_ready(carry[0])
 
-    return call, executable, kept
+    return call, executable, stored
 
 
 def measured(shapes: Sequence[tuple[int, ...]], repeats: int) -> Iterator[list[Any]]:
@@ -93,11 +92,11 @@ def measured(shapes: Sequence[tuple[int, ...]], repeats: int) -> Iterator[list[A
         seconds = interleaved({str(k): call for k, (call, _, _) in ready.items()}, repeats)
         whole = median_and_spread(seconds["0"])[0]
         for k, format_ in enumerate(some, start=1):
-            _, executable, kept = ready[k]
+            _, executable, stored = ready[k]
             yield [
                 format_.name,
                 jnp.dtype(format_.weights).name,
-                f"{kept / size:.3f}",
+                f"{stored / size:.3f}",
                 f"{executable.memory_analysis().temp_size_in_bytes / size:.2f}",
                 f"{executable.cost_analysis()['bytes accessed'] / size:.1f}",
                 milliseconds(seconds[str(k)]),
@@ -131,7 +130,7 @@ def main() -> None:
         for target in aot.TARGETS:
             aot.save_compiled(
                 "memory_formats",
-                f"What do the formats of moments and weights take on a {target.upper()}?",
+                f"How much do the formats of moments and weights take on a {target.upper()}?",
                 [*COLUMNS, "state, bytes a parameter", "temporaries", "traffic a parameter", "fusions"],
                 list(compiled_for(target)),
                 COMPILED_NOTE,
@@ -144,7 +143,7 @@ def main() -> None:
         return
     save(
         "memory_formats",
-        "What do the formats of moments and weights take?",
+        "How much do the formats of moments and weights take?",
         [
             *COLUMNS,
             "state, bytes a parameter",

@@ -1,4 +1,4 @@
-"""What do narrow moments and narrow weights cost in quality?
+"""How much quality do narrow moments and narrow weights cost?
 
 python -m benchmarks.memory_quality            both tasks, ten seeds
 python -m benchmarks.memory_quality --quick    two seeds, few steps; writes nothing
@@ -30,25 +30,25 @@ PICTURE = Path(__file__).parents[1] / "docs" / "img" / "memory_quality.png"
 SEEDS, TARGET, TOO_HIGH = 10, 1.001, 1.5
 TASKS = (functools.partial(_tasks.language_model, jax.nn.gelu), _tasks.digits)
 EDGE, TICKS = 10.0, (-0.01, -0.001, 0.0, 0.001, 0.01, 0.1, 1.0)
-RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
-QUESTION = "What do narrow moments and narrow weights cost in quality?"
+LEARNING_RATES = (2e-3, 4e-3, 8e-3, 16e-3, 32e-3)
+QUESTION = "How much quality do narrow moments and narrow weights cost?"
 COLUMNS = ["task", "weights and moments", "bytes a parameter, weights + state", "train loss", "over float32"]
 COLUMNS += ["held-out loss", "over float32", "unstable"]
 NOTE = """\
-Each seed has weights and an order of batches of its own, the same in every format. Losses are medians with quartiles,
-in nats, on fixed data, with the weights that `master_params` gives where they are compensated. Over float32: the mean
-ratio to float32 of the same seed, with its standard error; the median and the largest ratio. The second row is the same
-formula rounded elsewhere, the third what the order of batches does to the ratio. Once runs have parted they end as far
-apart as chance has it, whatever parted them: so one seed says little at a thousandth, and the mean says it to within
-its standard error. Unstable: of the seeds, those that end half as high again as in float32, or whose batches, over any
-fiftieth of the run after the warm-up, are half as high again as those of any seed in float32, or that are not finite.
-`optax.nadam` in all rows: `rule="constant"`, `eps=1e-8`.
+Each seed has its own weights and order of batches, the same in every format. Losses are medians with quartiles, in
+nats, on fixed data, with the weights of `master_params` where they are compensated. Over float32: the mean ratio to
+float32 of the same seed, with its standard error; the median and the largest ratio. The second row is the same formula
+with other rounding errors, the third shows the effect of the order of batches. Once two runs differ at all, they end
+apart by a random amount, whatever made them differ. So one seed cannot show a difference of a thousandth, and the mean
+shows it to within its standard error. Unstable: the number of seeds whose final loss is over 1.5 times that in float32,
+or whose loss of batches, over any fiftieth of the run after the warm-up, is over 1.5 times that of every seed in
+float32, or not finite. All rows follow the rule of `optax.nadam`: `rule="constant"`, `eps=1e-8`.
 
-The language model is a transformer over bytes, of two layers and width 64 with GELU. It reads nine tenths of the help
-texts of Python {python} (`pydoc_data.topics`); the rest is held out. The digits are those of
+The language model is a transformer over bytes, of two layers and width 64 with GELU. It is trained on nine tenths of
+the help texts of Python {python} (`pydoc_data.topics`); the rest is held out. The digits are those of
 `examples/train_digits.py`, with the network there, and labels smoothed by 0.1. The learning rate, which warms up and
-falls to zero on a cosine, was chosen once, for float32 (`--tune`). All is reckoned in float32; gradients have the dtype
-of the weights. The picture is `docs/img/memory_quality.png`.
+falls to zero on a cosine, was chosen once, for float32 (`--tune`). Everything is computed in float32; gradients have
+the dtype of the weights. The picture is `docs/img/memory_quality.png`.
 
 """
 CAPTION = """\
@@ -59,20 +59,20 @@ Maker = Callable[[optax.Schedule], Any]
 
 
 class Even(NamedTuple):
-    """Numbers as a share, in 255ths, of the largest in their row."""
+    """Numbers as fractions, in 255ths, of the largest in their row."""
 
     codes: jax.Array
     largest: jax.Array
 
 
 class Format(NamedTuple):
-    """What a run keeps its weights and moments in.
+    """The format of the weights and moments of a run.
 
     Attributes:
-      name: what the tables call it.
+      name: as in the tables.
       make: the optimizer for a learning rate.
       weights: dtype of the params.
-      order: which of the orders of batches that a seed has.
+      order: which of a seed's two orders of batches.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Format(NamedTuple):
 
 
 class Runs(NamedTuple):
-    """What the seeds of a format came to; the first axis is that of the seeds."""
+    """Losses of the runs of a format; the first axis is that of the seeds."""
 
     curves: np.ndarray
     train: np.ndarray
@@ -90,18 +90,18 @@ class Runs(NamedTuple):
 
 
 def nadam(m_dtype: DTypeLike | None = None, v_dtype: DTypeLike | None = None) -> Maker:
-    """Ours by Optax's rule."""
-    return lambda rate: optax_nadam.nadam(rate, eps=1e-8, rule="constant", m_dtype=m_dtype, v_dtype=v_dtype)
+    """Ours, with Optax's rule."""
+    return lambda schedule: optax_nadam.nadam(schedule, eps=1e-8, rule="constant", m_dtype=m_dtype, v_dtype=v_dtype)
 
 
 def compensated(inner: Maker, remainder_dtype: DTypeLike) -> Maker:
-    """The weights with what rounding drops kept beside them."""
-    return lambda rate: optax_nadam.compensated(inner(rate), remainder_dtype=remainder_dtype)
+    """The optimizer with what rounding drops stored beside the weights."""
+    return lambda schedule: optax_nadam.compensated(inner(schedule), remainder_dtype=remainder_dtype)
 
 
-def evenly_spaced_v(rate: optax.Schedule) -> optax.GradientTransformation:
-    """Nadam with ``v`` in a byte done naively, which is known to fail: even spacing, rounded to the nearest."""
-    inner = nadam()(rate)
+def evenly_spaced_v(schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Nadam with a naive 8-bit ``v``, which is known to fail: evenly spaced codes, rounded to the nearest."""
+    inner = nadam()(schedule)
 
     def pack(state: Any) -> Any:
         return (state[0]._replace(v=jax.tree.map(_even, state[0].v)), *state[1:])
@@ -144,7 +144,7 @@ FORMATS = [
     Format("float32, batches in another order", nadam(), order=1),
     Format("bfloat16 moments", nadam(jnp.bfloat16, jnp.bfloat16)),
     *OFFERED,
-    Format("optax.nadam, mu_dtype=bfloat16", lambda rate: optax.nadam(rate, mu_dtype=jnp.bfloat16)),
+    Format("optax.nadam, mu_dtype=bfloat16", lambda schedule: optax.nadam(schedule, mu_dtype=jnp.bfloat16)),
     Format("naive bfloat16 weights, float32 moments", nadam(), jnp.bfloat16),
     Format("naive bfloat16 weights and moments, optax.nadam", optax.nadam, jnp.bfloat16),
     Format("naive 8-bit v: evenly spaced, to the nearest", evenly_spaced_v),
@@ -157,7 +157,7 @@ def warmup_cosine(task: Task) -> optax.Schedule:
 
 
 def trainer(task: Task, form: Format) -> Callable[[jax.Array], tuple[jax.Array, jax.Array, jax.Array]]:
-    """From a seed to the loss of each batch, and of the two parts of the data when all is done; compiled."""
+    """A compiled function of a seed, to the loss of each batch and the final losses on both parts of the data."""
     tx = form.make(warmup_cosine(task))
 
     def loss(params: Any, batch: _tasks.Batch) -> jax.Array:
@@ -194,7 +194,7 @@ def runs_of(task: Task, form: Format, seeds: int) -> Runs:
 
 
 def bytes_a_parameter(task: Task, form: Format) -> tuple[float, float]:
-    """Of the weights and of the whole optimizer state, scales, counters and leaves too small to be narrow included."""
+    """Of the weights and of the whole optimizer state, with scales, counters and leaves too small to be narrow."""
     params = _cast(task.init(jax.random.key(0)), form.weights)
     trees = params, form.make(warmup_cosine(task)).init(params)
     size = sum(x.size for x in jax.tree.leaves(params))
@@ -203,10 +203,10 @@ def bytes_a_parameter(task: Task, form: Format) -> tuple[float, float]:
 
 
 def unstable(runs: Runs, float32: Runs) -> np.ndarray:
-    """Which seeds ended or went half as high again as float32, or were lost.
+    """Which seeds had over 1.5 times the loss of float32, at the end or during the run, or a loss that is not finite.
 
-    The end is compared with that of the same seed. On the way, after the warm-up, the mean of a fiftieth of the run is
-    compared with the highest that any seed has there in float32.
+    The final loss is compared with that of the same seed. During the run, after the warm-up, the mean over a fiftieth
+    of it is compared with the highest of all seeds in float32.
     """
     ends_well = runs.train <= TOO_HIGH * float32.train
     peaks = _stretches(float32.curves).max(axis=0)
@@ -215,7 +215,7 @@ def unstable(runs: Runs, float32: Runs) -> np.ndarray:
 
 
 def _stretches(curves: np.ndarray) -> np.ndarray:
-    """Means over fiftieths of a run, those of the warm-up left out."""
+    """Means over fiftieths of a run, without those of the warm-up."""
     parts = np.array_split(curves, min(50, curves.shape[1]), axis=1)
     return np.stack([part.mean(axis=1) for part in parts], axis=1)[:, len(parts) // 10 :]
 
@@ -238,7 +238,7 @@ def ratios(values: np.ndarray) -> str:
 
 
 def verdict(what: str, values: np.ndarray) -> str:
-    """Whether the mean is within the target, and whether two standard errors could turn that."""
+    """Whether the mean is within the target, and whether it is within two standard errors of it."""
     mean, error = mean_and_error(values)
     met = "Met" if mean <= TARGET else "Missed"
     close = abs(mean - TARGET) <= 2 * error
@@ -249,8 +249,8 @@ def row(task: Task, form: Format, runs: Runs, float32: Runs) -> list[Any]:
     """A row of the table."""
     weights, state = bytes_a_parameter(task, form)
     train, held_out = runs.train / float32.train, runs.held_out / float32.held_out
-    shares = [losses(runs.train), ratios(train), losses(runs.held_out), ratios(held_out)]
-    return [task.name, form.name, f"{weights:.2f} + {state:.2f}", *shares, f"{unstable(runs, float32).sum()}"]
+    cells = [losses(runs.train), ratios(train), losses(runs.held_out), ratios(held_out)]
+    return [task.name, form.name, f"{weights:.2f} + {state:.2f}", *cells, f"{unstable(runs, float32).sum()}"]
 
 
 def measured(task: Task, seeds: int) -> dict[str, Runs]:
@@ -259,7 +259,7 @@ def measured(task: Task, seeds: int) -> dict[str, Runs]:
 
 
 def verdicts(task: Task, found: dict[str, Runs]) -> list[str]:
-    """What became of the target, and how flat the losses are in the end."""
+    """Whether the targets are met, and how flat the losses are at the end."""
     float32 = found[FLOAT32.name]
     lines = [flatness(task, float32)]
     for form in OFFERED:
@@ -267,12 +267,12 @@ def verdicts(task: Task, found: dict[str, Runs]) -> list[str]:
         lines.append(verdict(f"{task.name}, {form.name}, train loss over float32", train / float32.train))
         if task.floor:
             above = (train - task.floor) / (float32.train - task.floor)
-            lines.append(f"  Of what is above {task.floor:.4f}, the least there could be: {ratios(above)}.")
+            lines.append(f"  Of the part above {task.floor:.4f}, the lowest possible loss: {ratios(above)}.")
     return lines
 
 
 def flatness(task: Task, float32: Runs) -> str:
-    """How much the loss of the batches still falls."""
+    """How much the loss of the batches still falls at the end."""
     tenth = task.steps // 10
     before, last = float32.curves[:, -2 * tenth : -tenth].mean(), float32.curves[:, -tenth:].mean()
     return f"- {task.name}, float32: the loss of the last tenth of the batches is {last / before:.3f} of that before."
@@ -309,15 +309,15 @@ def draw_task(axes: Any, found: dict[str, Runs]) -> None:
 
 def tune(task: Task, seeds: int) -> None:
     """Prints the loss of float32 for every learning rate of a grid."""
-    for rate in RATES:
-        runs = runs_of(task._replace(peak=rate), FLOAT32, seeds)
+    for peak in LEARNING_RATES:
+        runs = runs_of(task._replace(peak=peak), FLOAT32, seeds)
         print(
-            f"{task.name}, learning rate {rate:g}: {losses(runs.train)}, held out {losses(runs.held_out)}", flush=True
+            f"{task.name}, learning rate {peak:g}: {losses(runs.train)}, held out {losses(runs.held_out)}", flush=True
         )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Trains everything, and writes what there is after each task."""
+    """Trains everything, and writes the results so far after each task."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two seeds, twenty steps; writes nothing")
     parser.add_argument("--tune", action="store_true", help="float32 over a grid of learning rates; writes nothing")

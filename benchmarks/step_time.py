@@ -1,9 +1,9 @@
-"""How long does a step take, beside the optimizers of other frameworks?
+"""How long does a step take, compared with the optimizers of other frameworks?
 
     python -m benchmarks.step_time            all shapes, a quarter of an hour on a processor; writes the result
     python -m benchmarks.step_time --quick    small shapes, a minute; writes nothing
 
-What is not installed is left out, and the result says so. On a GPU, jax and torch share the card.
+What is not installed is left out, and the result says so. On a GPU, jax and torch share the device.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import optax
@@ -40,23 +40,23 @@ FILLED = 0.05  # seconds that a measurement lasts at least
 LOOP = 20  # steps of a program in which they are a loop
 REPEATS, FEW = 25, 3
 ROOM = 8 * 2**30  # bytes of params and moments at a time, where there is no GPU
-QUESTION = "How long does a step take, beside the optimizers of other frameworks?"
+QUESTION = "How long does a step take, compared with the optimizers of other frameworks?"
 COLUMNS = ["leaves", "optimizer", "step", "time over ours", "bytes a parameter", "GB/s", "of the copy"]
 NOTE = f"""\
-Params and state are donated or updated in place, in float32; all take their steps on the same gradients. Before the
-timing every optimizer has come within {CLOSE:.0e} of its formula in float64, on small leaves. A measurement is as many
-steps, begun one after the other without waiting, as last {1e3 * FILLED:.0f} ms, and then a wait for all: where the
-device takes less time for a step than the host to begin one, the time is the host's. In a loop, {LOOP} steps are one
-program, and the time is the device's.
+Params and state are donated or updated in place, in float32; all optimizers have the same gradients. Before the timing,
+every optimizer was within {CLOSE:.0e} of its formula in float64, on small leaves. A measurement starts as many steps as
+take {1e3 * FILLED:.0f} ms, without waiting in between, and then waits for all. Where a step takes the device less time
+than the host needs to start it, the time is the host's. In a loop, {LOOP} steps are one program, and the time is the
+device's.
 
-Ours is `{OURS}`; a time over ours is the median, with quartiles, of the ratios within a round. As
-memory does not hold all at once, they take turns in groups, and the memory is freed after each; ours and `optax.nadam`
-are in every group, and a ratio to ours is within a group.
+Ours is `{OURS}`; a time over ours is the median, with quartiles, of the ratios within a round. Memory
+does not hold all at once, so they take turns in groups, and the memory is freed after each; ours and `optax.nadam` are
+in every group, and a ratio to ours is within a group.
 
-Bytes a parameter are those that a step cannot do without: read param, gradient and two moments, write all but the
-gradient; on a processor XLA makes three kernels a leaf, which move 44. GB/s is the former over the time. The copies are
-of one array as large as params and moments: `x + 1` in place, compiled by XLA, and `copy_` of torch to a second array.
-Shares are of the faster; where all fits into a cache, they say nothing of the memory.
+Bytes a parameter are the least that a step moves: read param, gradient and two moments, write all but the gradient. On
+a processor XLA makes three kernels a leaf, which move 44. GB/s is the former over the time. The copies are of one array
+as large as params and moments: `x + 1` in place, compiled by XLA, and `copy_` of torch to a second array. "Of the copy"
+is relative to the faster one; where everything fits into a cache, it says nothing about memory.
 
 Targets, with the 95% confidence interval of the median; within the noise, where the bound is in that interval:
 
@@ -84,7 +84,7 @@ def resnet50() -> Shapes:
 
 
 def convolution(side: int, before: int, after: int) -> list[tuple[int, ...]]:
-    """Of a kernel, and of scale and bias of the batch norm after it."""
+    """The shapes of a kernel, and of scale and bias of the batch norm after it."""
     return [(side, side, before, after), (after,), (after,)]
 
 
@@ -93,8 +93,8 @@ QUICK: dict[str, Shapes] = {GPT2: [(300, 200), (200,)], RESNET: [(3, 3, 8, 8), (
 
 
 def rivals(small: bool, loops: bool) -> list[Rival]:
-    """All there are, ours and optax.nadam first; the two under ``optax.flatten`` too, or in loops, where asked."""
-    ours = {rule: optax_nadam.nadam(LEARNING_RATE, eps=EPS, rule=rule) for rule in RULES}
+    """All rivals, ours and optax.nadam first; these two also under ``optax.flatten`` or in loops, where asked."""
+    ours = {rule: optax_nadam.nadam(LEARNING_RATE, eps=EPS, rule=cast("optax_nadam.RuleName", rule)) for rule in RULES}
     pair = [
         (OURS, ours.pop("scheduled"), _rivals.nadam()),
         (OPTAX, optax.nadam(LEARNING_RATE, eps=EPS), _rivals.nadam("constant")),
@@ -121,27 +121,27 @@ def rivals(small: bool, loops: bool) -> list[Rival]:
 
 
 def check(rivals: Iterable[Rival]) -> None:
-    """Raises where an optimizer does not take the step that it is here for."""
+    """Raises where an optimizer does not take the step of its formula."""
     for one in rivals:
         if one.updates is not None and not (off := _rivals.error(one)) <= CLOSE:
             raise ValueError(f"{one.name} must be within {CLOSE:.0e} of its formula, is off by {off:.1e}.")
 
 
 def grouped(rivals: Sequence[Rival], size: int, room: int) -> list[list[Rival]]:
-    """The first two with as many of the others as there is room for, till all have had their turn."""
+    """The first two with as many of the others as there is room for, until all had their turn."""
     anchors, others = rivals[:2], rivals[2:]
     number = max(1, room // (12 * size) - len(anchors))
     return [[*anchors, *others[i : i + number]] for i in range(0, len(others), number)]
 
 
 def room() -> int:
-    """Bytes that params and moments may take at a time: half of a GPU, or a fixed number."""
+    """Bytes that params and moments may take at a time: half of a GPU's memory, or a fixed number."""
     memory = jax.devices()[0].memory_stats()
     return memory["bytes_limit"] // 2 if memory else ROOM
 
 
 def take(run: Run, calls: int) -> float:
-    """Begins steps without waiting in between, waits for them all, and gives the seconds this took."""
+    """Starts steps without waiting in between, waits for them all, and returns the seconds."""
     started = time.perf_counter()
     for _ in range(calls):
         run.step()
@@ -150,13 +150,13 @@ def take(run: Run, calls: int) -> float:
 
 
 def calls_that_fill(run: Run, seconds: float) -> int:
-    """How many calls last so long, once all is compiled."""
+    """How many calls take so long, once all is compiled."""
     take(run, 2)
     return max(1, math.ceil(seconds / take(run, 1)))
 
 
 def measured(rivals: Iterable[Rival], shapes: Shapes, repeats: int) -> Seconds:
-    """Seconds a step of some rivals that take turns."""
+    """Seconds a step of rivals that take turns."""
     problem = Problem.of(shapes)
     runs = {one.name: one.start(problem) for one in rivals}
     calls = {name: calls_that_fill(run, FILLED) for name, run in runs.items()}
@@ -179,11 +179,11 @@ class Outcome:
     groups: list[Seconds]
 
     def seconds(self, name: str) -> list[float]:
-        """All that were measured of one."""
+        """All measurements of one."""
         return [x for group in self.groups for x in group.get(name, [])]
 
     def ratios(self, name: str, base: str = OURS) -> list[float]:
-        """The time of one over that of another, in every round of their groups; by way of ours if they share none."""
+        """The time of one over that of another, in every round of their groups; through ours if they share none."""
         shared = [(group[name], group[base]) for group in self.groups if name in group and base in group]
         if shared:
             return [x / y for times in shared for x, y in zip(*times, strict=True)]
@@ -193,12 +193,12 @@ class Outcome:
         """The median of the ratios."""
         return statistics.median(self.ratios(name, base))
 
-    def rate(self, one: Rival) -> float:
+    def bandwidth(self, one: Rival) -> float:
         """Bytes a second."""
         return one.bytes * self.size / statistics.median(self.seconds(one.name))
 
-    def shares(self, one: Rival) -> list[float]:
-        """Its rate over that of the fastest copy, in every round."""
+    def of_the_copy(self, one: Rival) -> list[float]:
+        """Its bandwidth over that of the fastest copy, in every round."""
         copies = [copy for copy in self.rivals if copy.updates is None]
         fastest = min(copies, key=lambda copy: self.ratio(copy.name) / copy.bytes)
         return [x * one.bytes / fastest.bytes for x in self.ratios(fastest.name, one.name)]
@@ -215,7 +215,7 @@ def outcome_of(rivals: list[Rival], shapes: Shapes, repeats: int) -> Outcome:
 
 
 def rows(leaves: str, outcome: Outcome) -> Iterator[list[Any]]:
-    """The lines of the table for one set of leaves."""
+    """The rows of the table for one set of leaves."""
     for one in outcome.rivals:
         low, middle, high = statistics.quantiles(outcome.ratios(one.name), n=4)
         yield [
@@ -224,8 +224,8 @@ def rows(leaves: str, outcome: Outcome) -> Iterator[list[Any]]:
             milliseconds(outcome.seconds(one.name)),
             f"{middle:.3g} ({low:.3g} to {high:.3g})",
             one.bytes,
-            f"{outcome.rate(one) / 1e9:.3g}",
-            f"{statistics.median(outcome.shares(one)):.0%}",
+            f"{outcome.bandwidth(one) / 1e9:.3g}",
+            f"{statistics.median(outcome.of_the_copy(one)):.0%}",
         ]
 
 
@@ -242,7 +242,7 @@ def verdicts(leaves: str, outcome: Outcome) -> Iterator[str]:
             yield verdict(what, outcome.ratios(fastest, ours), at_least=1)
     for base in (OURS, OURS + LOOPED) if OURS + LOOPED in found else ():
         yield verdict(
-            f"{leaves}: {base}, share of the bandwidth of the copy", outcome.shares(found[base]), at_least=0.9
+            f"{leaves}: {base}, bandwidth over that of the copy", outcome.of_the_copy(found[base]), at_least=0.9
         )
         if FOREACH in found:
             yield verdict(f"{leaves}: {FOREACH} over {base}", outcome.ratios(FOREACH, base), at_least=3)
@@ -250,7 +250,7 @@ def verdicts(leaves: str, outcome: Outcome) -> Iterator[str]:
 
 
 def verdict(what: str, found: list[float], *, at_most: float = math.inf, at_least: float = -math.inf) -> str:
-    """One target, met or missed by the median, and whether another run might say otherwise."""
+    """Whether the median meets a target, and whether the target is within its confidence interval."""
     value, (low, high) = statistics.median(found), interval(found)
     bound, word = (at_most, "at most") if at_most < math.inf else (at_least, "at least")
     judged = ("Met" if at_least <= value <= at_most else "Missed") + (" within the noise" if low < bound < high else "")
@@ -258,7 +258,7 @@ def verdict(what: str, found: list[float], *, at_most: float = math.inf, at_leas
 
 
 def interval(found: list[float]) -> tuple[float, float]:
-    """The 95% confidence interval of the median, of whatever distribution."""
+    """The 95% confidence interval of the median, for any distribution."""
     ranked, n = sorted(found), len(found)
     k = max(0, math.floor(n / 2 - 0.98 * math.sqrt(n)))
     return ranked[k], ranked[n - 1 - k]
@@ -270,13 +270,13 @@ def absences(rivals: Iterable[Rival]) -> list[str]:
 
 
 def distributions(rivals: Iterable[Rival]) -> tuple[str, ...]:
-    """What the frameworks are called by who installs them."""
+    """The names of the frameworks for pip."""
     names = importlib.metadata.packages_distributions()
     return tuple(sorted({names[package][0] for one in rivals for package in one.packages}))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measures one set of leaves after the other, and writes what there is after each."""
+    """Measures one set of leaves after the other, and writes the results so far after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small shapes, few repeats, no result written")
     quick = parser.parse_args(arguments).quick

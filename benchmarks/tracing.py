@@ -15,7 +15,7 @@ from benchmarks._report import interleaved, milliseconds, save
 Step = Callable[..., Any]
 Calls = dict[str, Callable[[], None]]  # by what is measured
 Times = dict[str, list[float]]  # seconds, by whose they are
-Results = dict[tuple[str, str], dict[int, Times]]  # by the links and what is measured, then by the number of leaves
+Results = dict[tuple[str, str], dict[int, Times]]  # by the chain and what is measured, then by the number of leaves
 
 FIRST = optax_nadam.scale_by_nadam(), optax.scale_by_adam(nesterov=True)
 DECAY = optax.add_decayed_weights(1e-4)
@@ -33,20 +33,20 @@ REPEATS = {10: (21, 11), 148: (21, 7), 1000: (11, 3), 3000: (3, 1)}  # of tracin
 SWEEP = {"learning_rate": (1e-3, 2e-3, 4e-3), "b1": (0.8, 0.9, 0.95), "weight_decay": (0.0, 1e-4, 1e-2)}
 COMPILED = "/jax/core/compile/backend_compile_duration"
 NOTE = """\
-Leaves of 64 floats. The links after the first are Optax's own in both chains; where Optax stands, the first is
-`scale_by_adam(nesterov=True)`. A call outside jit is of all the links named. The first call is all stages, from a
+Leaves of 64 floats. In both chains the transformations after the first are Optax's own; in Optax's, the first is
+`scale_by_adam(nesterov=True)`. A call outside jit is of the whole chain named. The first call is all stages, from a
 function to its first result. Growth is the power of the number of leaves, fitted from 148 on. The sweep is over three
 settings of injected hyperparameters.
 
-Targets: equations a leaf of the whole step at most 5, compilations of a sweep 1, and at most 0.2 of Optax's time for
-what follows. Tracing the whole step, 1000 leaves: {trace} Outside jit, `update` of `nadamw`, 148 leaves: {eager}"""
-SHARES = """\
-{ratio:.2f}. Of our {ours:.1f} ms, `scale_by_nadam` takes {first:.1f}, which is {share:.2f} of Optax's {theirs:.1f} ms;
-the links after it, Optax's own, take {links:.1f}."""
+Targets: at most 5 equations a leaf for the whole step, 1 compilation for a sweep, and at most 0.2 of Optax's time for
+the two below. Tracing the whole step, 1000 leaves: {trace} Outside jit, `update` of `nadamw`, 148 leaves: {eager}"""
+PARTS = """\
+{ratio:.2f}. Of our {ours:.1f} ms, `scale_by_nadam` takes {first:.1f}, which is {fraction:.2f} of Optax's {theirs:.1f}
+ms; the transformations after it, Optax's own, take {others:.1f} ms."""
 
 
 def whole_step(tx: Any, apply: bool) -> Step:
-    """Update, and apply the update where that is asked for."""
+    """A step: update and, where asked, apply the update."""
 
     def step(params: Any, state: Any, grads: Any) -> Any:
         updates, state = tx.update(grads, state, params)
@@ -56,7 +56,7 @@ def whole_step(tx: Any, apply: bool) -> Step:
 
 
 def leaves(number: int) -> dict[str, jax.Array]:
-    """So many leaves of 64 floats."""
+    """A number of leaves of 64 floats."""
     return {f"w{i}": jnp.ones(64) for i in range(number)}
 
 
@@ -66,7 +66,7 @@ def steps(what: str) -> list[tuple[Any, Step]]:
 
 
 def stages(step: Step, arguments: tuple[Any, ...]) -> Calls:
-    """The stages of a first call, each of which goes on from what the one before it made."""
+    """The stages of a first call, each of which continues from the result of the one before."""
     made: dict[str, Any] = {}
 
     def trace() -> None:
@@ -96,7 +96,7 @@ def eager(step: Step, arguments: tuple[Any, ...]) -> Calls:
 
 
 def timed(what: str, number: int, make_calls: Callable[..., Calls], repeats: int) -> dict[str, Times]:
-    """Seconds of the calls made of a step and its arguments, ours and Optax's in turns."""
+    """Seconds of calls of a step, ours and Optax's in turns."""
     params = leaves(number)
     pair = [make_calls(step, (params, tx.init(params), params)) for tx, step in steps(what)]
     turns = {whose + measure: call for whose, calls in zip(WHOSE, pair, strict=True) for measure, call in calls.items()}
@@ -112,7 +112,7 @@ def starting(number: int, repeats: int) -> dict[str, Times]:
 
 
 def results(repeats: dict[int, tuple[int, int]]) -> Results:
-    """All times; for the links in between, only at the sizes that the targets are about."""
+    """All times; for the chains in between, only at the sizes of the targets."""
     everything: Results = {}
     for what in PAIRS:
         ends = what in (SCALE_BY, WHOLE)
@@ -136,12 +136,12 @@ def growth(times: dict[int, float]) -> float:
 
 
 def shown(seconds: list[float]) -> str:
-    """Median and quartiles, or the one time there is."""
+    """Median and quartiles, or the only time."""
     return milliseconds(seconds) if len(seconds) > 1 else f"{1e3 * seconds[0]:.4g} ms"
 
 
 def rows_of_times(everything: Results) -> Iterator[list[Any]]:
-    """A line for each size, and one that tells how the times grow."""
+    """A row for each size, and one with the growth."""
     for (what, measure), sizes in everything.items():
         ours, theirs = (medians(sizes, whose) for whose in WHOSE)
         for number, times in sizes.items():
@@ -152,13 +152,13 @@ def rows_of_times(everything: Results) -> Iterator[list[Any]]:
 
 
 def equations_a_leaf(tx: Any, step: Step) -> int:
-    """By how many equations one leaf more lengthens the program."""
+    """By how many equations one more leaf lengthens the program."""
     few, more = (len(jax.make_jaxpr(step)(p, tx.init(p), p).eqns) for p in (leaves(10), leaves(11)))
     return more - few
 
 
 def compilations(act: Callable[[], None]) -> int:
-    """How many programs are compiled on the way."""
+    """How many programs are compiled by a call."""
     events: list[str] = []
 
     def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
@@ -168,7 +168,7 @@ def compilations(act: Callable[[], None]) -> int:
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(listen)
     act()
-    jax.monitoring.clear_event_listeners()  # there is no other; jax 0.6 cannot take away one alone
+    jax.monitoring.clear_event_listeners()  # there is no other; jax 0.6 cannot remove a single one
     return events.count(COMPILED)
 
 
@@ -207,25 +207,25 @@ def rows_of_counts(numbers: tuple[int, ...]) -> Iterator[list[Any]]:
             yield [WHOLE, measure, number, "", *counts, ""]
 
 
-def shares(everything: Results, what: str, measure: str, number: int) -> str:
-    """How much of a ratio is due to the first link, and how much to those that are Optax's own."""
+def parts(everything: Results, what: str, measure: str, number: int) -> str:
+    """How much of a time is due to the first transformation, and how much to those that are Optax's own."""
     ours, theirs = (medians(everything[what, measure], whose)[number] for whose in WHOSE)
     first = medians(everything[SCALE_BY, measure], "ours")[number]
-    return SHARES.format(
-        ratio=ours / theirs, ours=ours, first=first, share=first / theirs, theirs=theirs, links=ours - first
+    return PARTS.format(
+        ratio=ours / theirs, ours=ours, first=first, fraction=first / theirs, theirs=theirs, others=ours - first
     )
 
 
 def main() -> None:
-    """Measures 10 to 3000 leaves, which takes some ten minutes, most of them the compiler's."""
+    """Measures 10 to 3000 leaves, which takes some ten minutes, most of it compilation."""
     everything = results(REPEATS)
     save(
         "tracing",
         "What do tracing, compiling and calling a step cost?",
-        ["links", "measured", "leaves", "repeats", "ours", "optax", "ratio"],
+        ["chain", "measured", "leaves", "repeats", "ours", "optax", "ratio"],
         [*rows_of_counts((10, 148, 1000)), *rows_of_times(everything)],
         NOTE.format(
-            trace=shares(everything, WHOLE, "trace", 1000), eager=shares(everything, UPDATE, "call outside jit", 148)
+            trace=parts(everything, WHOLE, "trace", 1000), eager=parts(everything, UPDATE, "call outside jit", 148)
         ),
     )
 

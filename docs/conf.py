@@ -28,7 +28,7 @@ maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
 
 nitpicky = True
-# Where others document theirs cannot be looked up without a network.
+# The documentation of other packages cannot be looked up without a network.
 _NOT_HERE = r"(jax|np|numpy|optax)\..*|(.*\.)?(Any|ArrayLike|Callable|DTypeLike|Mapping|Rule|Sequence)"
 nitpick_ignore_regex = [("py:.*", _NOT_HERE)]
 
@@ -46,7 +46,7 @@ html_css_files = ["site.css"]
 
 
 def signature_as_written(app: Sphinx, what: str, name: str, obj: Any, *_: Any) -> tuple[str, str] | None:
-    """The signature with its types in the words of the source, where Sphinx would spell out every alias."""
+    """The signature with its types as in the source, where Sphinx would expand every alias."""
     if what not in ("function", "method"):
         return None
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(obj))).body

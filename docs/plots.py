@@ -1,4 +1,4 @@
-"""The figures of the site, drawn from the library's own code while the site is built."""
+"""The figures of the site, drawn with the library itself while the site is built."""
 
 import functools
 from typing import Any
@@ -20,7 +20,7 @@ MOMENTA: dict[str, dict[str, Any]] = {
     "scheduled, ψ = 1": {"momentum_decay": 1.0},
     "constant": {"rule": "constant"},
 }
-DIALECTS = MOMENTA | {
+VARIANTS = MOMENTA | {
     "simplified": {"rule": "simplified"},
     "dozat2016": {"rule": "dozat2016"},
     "loss_scaled, ψ = 1": {"rule": "loss_scaled", "momentum_decay": 1.0},
@@ -35,9 +35,9 @@ def momenta(rule: str = "scheduled", momentum_decay: float = 0.0) -> np.ndarray:
 
 
 @functools.cache
-def step_lengths(noise: bool, **dialect: Any) -> np.ndarray:
+def step_lengths(noise: bool, **variant: Any) -> np.ndarray:
     """The root mean square of the update at each step, for gradients of ones or of white noise of variance one."""
-    tx, key, ones = scale_by_nadam(**dialect), jax.random.key(0), jnp.ones(ELEMENTS)
+    tx, key, ones = scale_by_nadam(**variant), jax.random.key(0), jnp.ones(ELEMENTS)
 
     def step(state: Any, t: jax.Array) -> tuple[Any, jax.Array]:
         g = jax.random.normal(jax.random.fold_in(key, t), ones.shape) if noise else ones
@@ -48,7 +48,7 @@ def step_lengths(noise: bool, **dialect: Any) -> np.ndarray:
 
 
 def draw(axes: Axes, curves: dict[str, np.ndarray], **labels: str) -> None:
-    """One line for each, over the logarithm of the step."""
+    """A line for each curve, over the logarithm of the step."""
     shown = np.unique(np.geomspace(1, STEPS, 400).astype(int))
     for (name, curve), dashes in zip(curves.items(), ("-", "--", "-.", ":", "-", "--", "-."), strict=False):
         axes.plot(shown, curve[shown - 1], dashes, label=name)
@@ -57,14 +57,14 @@ def draw(axes: Axes, curves: dict[str, np.ndarray], **labels: str) -> None:
 
 
 def legend(figure: Figure, axes: Axes) -> None:
-    """The names of the lines, below."""
+    """A legend below the figure."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
 
 
 def draw_momenta() -> None:
-    """The momentum, and the product of the momenta so far."""
+    """The momentum, and the product of the momenta."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    mu = {name: momenta(**dialect) for name, dialect in MOMENTA.items()}
+    mu = {name: momenta(**variant) for name, variant in MOMENTA.items()}
     draw(left, mu, title="momentum $\\mu_t$")
     draw(right, {name: np.cumprod(x) for name, x in mu.items()}, title="product $P_t = \\mu_1 \\cdots \\mu_t$")
     right.set(xlim=(1, 200), ylim=(1e-8, 1), yscale="log")
@@ -72,10 +72,15 @@ def draw_momenta() -> None:
 
 
 def draw_step_lengths() -> None:
-    """How far each dialect goes in a step."""
+    """The length of a step of each variant."""
     figure, both = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
     for axes, noise, title in zip(both, (False, True), ("gradient always 1", "white noise"), strict=True):
-        draw(axes, {name: step_lengths(noise, **d) for name, d in DIALECTS.items()}, title=title, yscale="log")
+        draw(
+            axes,
+            {name: step_lengths(noise, **variant) for name, variant in VARIANTS.items()},
+            title=title,
+            yscale="log",
+        )
         axes.set_yticks([0.25, 0.5, 1, 2, 4], ["¼", "½", "1", "2", "4"], minor=False)
         axes.minorticks_off()
     both[0].set_ylabel("root mean square of $u_t$")

@@ -246,10 +246,10 @@ def test_verdicts_on_a_gpu():
     times = {OURS: 0.040, OPTAX: 0.040, FOREACH: 0.090, FUSED: 0.029, COPY: 0.036, LOOPED_COPY: 0.024}
     outcome = outcome_of(times | {OURS + LOOPED: 0.030})
     assert list(step_time.verdicts("some", outcome))[2:] == [
-        said("Missed", f"{OURS}, share of the bandwidth of the copy", "0.700", "at least 0.9"),
+        said("Missed", f"{OURS}, bandwidth over that of the copy", "0.700", "at least 0.9"),
         said("Missed", f"{FOREACH} over {OURS}", "2.250", "at least 3"),
         said("Missed", f"{OURS} over {FUSED}", "1.379", "at most 1.05"),
-        said("Met", f"{OURS + LOOPED}, share of the bandwidth of the copy", "0.933", "at least 0.9"),
+        said("Met", f"{OURS + LOOPED}, bandwidth over that of the copy", "0.933", "at least 0.9"),
         said("Met", f"{FOREACH} over {OURS + LOOPED}", "3.000", "at least 3"),
         said("Met", f"{OURS + LOOPED} over {FUSED}", "1.034", "at most 1.05"),
     ]
@@ -304,7 +304,7 @@ def test_on_a_gpu_loops_take_part(short, monkeypatch, capsys):
     names = [row[:2] for row in json.loads((short / "results" / "step_time-gpu.json").read_text())["rows"]]
     for name in (OURS + LOOPED, OPTAX + LOOPED, LOOPED_COPY):
         assert [leaves for leaves, found in names if found == name] == [GPT2, RESNET]
-    assert "share of the bandwidth of the copy" in capsys.readouterr().out
+    assert "bandwidth over that of the copy" in capsys.readouterr().out
 
 
 def test_a_quick_run_writes_nothing(short, capsys):
@@ -432,7 +432,7 @@ def test_the_rate_with_the_lowest_mean_loss_of_seeds_of_its_own_is_chosen():
     assert convergence.tuned(study, run).tolist() == [1, 1, 2, 3, 4, 5, 5, 5, 5, 5]
     assert not set(asked) & set(range(convergence.SEEDS))
     assert study.grid(SGD).tolist() == [0.5, 1, 2, 4, 8, 16]
-    assert [convergence.rate_in_words(study.grid(ADAM), i) for i in (0, 1, 4, 5)] == [
+    assert [convergence.learning_rate_in_words(study.grid(ADAM), i) for i in (0, 1, 4, 5)] == [
         "1 (edge of the grid)",
         "2",
         "16",
@@ -449,7 +449,7 @@ def test_finer_rates_are_half_a_step_away_and_the_best_of_them_counts():
         return Runs(np.array([]), rates, np.array([]))
 
     beside = convergence.between(study, run, chosen).train
-    rates = convergence.rates_of(study, chosen)
+    rates = convergence.learning_rates_of(study, chosen)
     assert rates[:3, 0].tolist() == [1, 2, 4]
     np.testing.assert_allclose(beside[:, :few] ** 2, rates**2 / 2 + np.zeros(few))
     np.testing.assert_allclose(beside[:, few:] ** 2, 2 * rates**2 + np.zeros(few))
@@ -462,7 +462,7 @@ def test_finer_rates_are_half_a_step_away_and_the_best_of_them_counts():
 def test_a_difference_counts_from_three_standard_errors_on():
     others, noise = np.arange(4.0), np.array([-1.0, 1.0, -1.0, 1.0])  # of standard error 3 ** -0.5
     assert convergence.difference(others, others) == ""
-    assert convergence.difference(others + noise + 1.7, others) == "+1.7000 ± 0.5774, no difference"
+    assert convergence.difference(others + noise + 1.7, others) == "+1.7000 ± 0.5774, unclear"
     assert convergence.difference(others + noise + 1.8, others) == "+1.8000 ± 0.5774, higher"
     assert convergence.difference(others + noise - 1.8, others) == "-1.8000 ± 0.5774, lower"
 

@@ -79,9 +79,9 @@ def lengths_by_the_formula(dialect, grads):
     return np.sqrt(np.mean(updates**2, axis=1))
 
 
-@pytest.mark.parametrize("name", plots.DIALECTS)
+@pytest.mark.parametrize("name", plots.VARIANTS)
 def test_lengths_of_steps_with_a_gradient_of_one(name):
-    dialect = plots.DIALECTS[name]
+    dialect = plots.VARIANTS[name]
     expected = lengths_by_the_formula(dialect, np.ones((200, 1)))
     np.testing.assert_allclose(plots.step_lengths(False, **dialect)[:200], expected, rtol=1e-5)
 
@@ -116,7 +116,7 @@ def test_curves_of_the_momenta():
 def test_curves_of_the_lengths():
     plots.draw_step_lengths()
     for axes, noise in zip(plt.gcf().axes, (False, True), strict=True):
-        for dialect, line in zip(plots.DIALECTS.values(), axes.lines, strict=True):
+        for dialect, line in zip(plots.VARIANTS.values(), axes.lines, strict=True):
             t, lengths = curve(line)
             assert (t[0], t[-1]) == (1, plots.STEPS)
             np.testing.assert_array_equal(lengths, plots.step_lengths(noise, **dialect)[t - 1])

@@ -8,7 +8,7 @@ import pytest
 from jax import numpy as jnp
 
 from benchmarks.ahead_of_time import in_place, kernels
-from benchmarks.clipping import CLIP, FACTOR, LINKS, compiled_step
+from benchmarks.clipping import CLIP, CLIPPINGS, FACTOR, compiled_step
 from benchmarks.tracing import equations_a_leaf, five_steps, leaves, sweep, whole_step
 from optax_nadam import _nadam, _rules, nadam, nadamw, scale_by_nadam
 from tests.reference import RULES
@@ -136,7 +136,7 @@ CLIPPED = {CLIP: (68, 4), FACTOR: (48, 0)} if jax.__version_info__ >= (0, 10) el
 
 @pytest.mark.parametrize(("link", "size", "temporaries"), [(link, *bounds) for link, bounds in CLIPPED.items()])
 def test_bytes_and_temporaries_behind_clipping(link, size, temporaries):
-    step = compiled(optax.chain(LINKS[link], nadamw(1e-3)), leaf())
+    step = compiled(optax.chain(CLIPPINGS[link], nadamw(1e-3)), leaf())
     assert bytes_a_parameter(step) < size + 0.01
     assert temporaries_a_parameter(step) < temporaries + 0.01
 
