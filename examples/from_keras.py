@@ -1,8 +1,8 @@
-"""Go on in JAX with a Keras run: same weights, same optimizer state, same curve.
+"""Continue a Keras run in JAX: same weights, same optimizer state, same curve.
 
 A small network is trained on scikit-learn's digits with keras.optimizers.Nadam under a learning rate schedule, saved as
-a .keras file, and loaded into JAX with optax_nadam.compat.keras. Then both go on from there, and both curves are drawn
-into one picture.
+a .keras file, and loaded into JAX with optax_nadam.compat.keras. Then both continue from there, and both curves are
+drawn into one picture.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def train_in_keras(model: Any, batches: list[tuple[np.ndarray, np.ndarray]]) -> 
 
 
 def main() -> None:
-    """Trains there, moves here, goes on in both."""
+    """Trains there, moves here, continues in both."""
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=positive, default=300, help="steps before the checkpoint, and as many after it")
     parser.add_argument("--seed", type=natural, default=0, help="of the weights and the batches")
