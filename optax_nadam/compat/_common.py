@@ -4,9 +4,10 @@ A checkpoint is read into a :class:`Checkpoint` by the framework's own module, m
 ``to_params``, and put into the optimizer state, all by :func:`load`. Nothing here computes.
 """
 
+import contextlib
 import dataclasses
 import numbers
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -89,13 +90,22 @@ def build(
     """
     if isinstance(learning_rate, numbers.Real | ScheduleConfig):
         return config_of(names, {"learning_rate": learning_rate, **fields}).build()
-    return config_of(names, fields).build(learning_rate)
+    config = config_of(names, fields)
+    with _their_names(names, {}):
+        return config.build(learning_rate)
 
 
 def config_of(names: Mapping[str, str], fields: Mapping[str, Any]) -> NadamConfig:
     """The config of these fields; errors name the arguments as the framework does."""
-    try:
+    with _their_names(names, fields):
         return NadamConfig(**fields)
+
+
+@contextlib.contextmanager
+def _their_names(names: Mapping[str, str], fields: Mapping[str, Any]) -> Iterator[None]:
+    """Errors that begin with the name of a field begin with the framework's name of it."""
+    try:
+        yield
     except (ValueError, TypeError) as error:
         name, _, text = str(error).partition(" ")
         theirs = names.get(name, name)

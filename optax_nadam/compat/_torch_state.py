@@ -5,8 +5,8 @@
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,23 +15,11 @@ from jax import numpy as jnp
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._nadam import ScaleByNadamState
-from optax_nadam._schedules import Schedule
-from optax_nadam.compat._common import as_numpy, check_keys, get_numbers, put_state, unsupported
+from optax_nadam._leaves import is_complex
+from optax_nadam._state import ScaleByNadamState, put_state
+from optax_nadam._wrappers import is_pair
+from optax_nadam.compat._common import Checkpoint, as_numpy, check_keys, get_numbers, load
 
-# Written by torch and by learning rate schedulers into every group, and read by no optimizer's step.
-BOOKKEEPING = (
-    "params",
-    "param_names",
-    "name",
-    "initial_lr",
-    "swa_lr",
-    "max_lr",
-    "min_lr",
-    "base_momentum",
-    "max_momentum",
-    "lr_scale",
-)
 _SOURCE = (
     "source must be what {optimizer}.state_dict() returns, with the keys 'state' and 'param_groups', got {got}. From a"
     " checkpoint of several parts, pass the optimizer's."
@@ -46,21 +34,22 @@ _NO_SHAPE = (
     "{labels} never stepped, so that source does not hold the shape of the moments. Pass weights, the model's own"
     " arrays as to_params takes them."
 )
-_WHOLE = (
-    "opt_state keeps complex leaves whole, but {optimizer} treats the two parts as separate numbers. Build the"
+_NOT_SPLIT = (
+    "opt_state has complex moments, but {optimizer} updates real and imaginary parts as separate numbers. Build the"
     " optimizer with complex_as_real=True, as compat.torch.nadam and compat.timm.nadamw do."
 )
+_ONE_OF_TWO = "exactly one of config and param_groups must be given, got {got}."
 
 Label = str | int
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What an optimizer keeps for each parameter.
+    """What an optimizer stores for each parameter.
 
     Attributes:
       optimizer: its name in the texts of errors.
-      product: the key of the product of the momenta; None where it keeps none.
+      product: the key of the product of the momenta; None where it is not stored.
       plain: whether step and product are Python numbers rather than arrays.
     """
 
@@ -70,63 +59,8 @@ class Layout:
 
     @property
     def scalars(self) -> tuple[str, ...]:
-        """The keys of the numbers that a parameter keeps, the step first."""
+        """The keys of the numbers of a parameter, the step first."""
         return ("step",) if self.product is None else ("step", self.product)
-
-
-def number(name: str, value: Any) -> float:
-    """A hyperparameter as a Python number; torch keeps some in tensors."""
-    plain = as_numpy(value).item() if hasattr(value, "detach") or isinstance(value, np.ndarray) else value
-    validation.check_plain(name, plain, float)
-    return float(plain)
-
-
-def pair(name: str, value: Any) -> tuple[float, float]:
-    """The two decays, each a Python number in [0, 1)."""
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise ValueError(f"{name} must be a pair of numbers, got {value!r}.")
-    b1, b2 = (number(f"{name}[{i}]", x) for i, x in enumerate(value))
-    validation.check_decay(f"{name}[0]", b1)
-    validation.check_decay(f"{name}[1]", b2)
-    return b1, b2
-
-
-def not_negative(group: Mapping[str, Any], *names: str) -> dict[str, float]:
-    """Numbers of a group by name, none of them negative."""
-    values = {name: number(name, group[name]) for name in names}
-    for name, value in values.items():
-        validation.check_not_negative(name, value)
-    return values
-
-
-def positive(name: str, value: Any) -> float | None:
-    """A positive number, or None."""
-    if value is None:
-        return None
-    plain = number(name, value)
-    validation.check_positive(name, plain)
-    return plain
-
-
-def check_group(what: str, group: Mapping[str, Any], required: Iterable[str], known: Iterable[str]) -> None:
-    """Rejects a group that lacks a key or has one that is not known, by name."""
-    missing = [name for name in required if name not in group]
-    if missing:
-        raise ValueError(f"{what} lacks {', '.join(missing)}; it has {', '.join(sorted(group))}.")
-    check_keys(what, group, (*known, *BOOKKEEPING))
-
-
-def check_fields(config: NadamConfig, optimizer: str, offered: Iterable[str]) -> None:
-    """Rejects a config that says what the optimizer cannot, by the field's name."""
-    around = f"{optimizer} has none. Do it around the optimizer, and leave it out with dataclasses.replace."
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in offered and value != field.default:
-            raise unsupported("NadamConfig", field.name, value, around)
-    if isinstance(config.learning_rate, Schedule):
-        raise unsupported("NadamConfig", "learning_rate", config.learning_rate, around)
-    if config.learning_rate < 0:
-        raise unsupported("NadamConfig", "learning_rate", config.learning_rate, f"{optimizer} takes none below 0.")
 
 
 def groups_of(source: Any, layout: Layout) -> list[Mapping[str, Any]]:
@@ -143,44 +77,53 @@ def load_state(
     to_params: Callable[[Any], Any],
     *,
     layout: Layout,
+    config: NadamConfig | None,
     names: Sequence[str] | None,
     weights: Mapping[str, Any] | Sequence[Any] | None,
     mismatch: str,
-    product_after: Callable[[int], float] | None = None,
 ) -> Any:
-    """The optimizer state with the moments and counters of a checkpoint.
+    """The optimizer state that continues from a checkpoint.
 
     Args:
-      opt_state: as in :func:`optax_nadam.compat._common.put_state`.
+      opt_state: a state of the optimizer that is to continue.
       source: the checkpoint.
-      to_params: turns arrays by name, or in order, into the params tree.
-      layout: what the checkpoint keeps.
+      to_params: turns arrays by name, or in order, into a tree like the params.
+      layout: what the checkpoint stores.
+      config: the hyperparameters of the optimizer, from which a product that is not stored is computed.
       names: names of the parameters, in the checkpoint's order.
       weights: arrays as ``to_params`` takes them, for the shapes of what never stepped.
       mismatch: ``"raise"`` or ``"largest"``.
-      product_after: the product of the momenta after a number of steps, where the checkpoint keeps none.
 
     Returns:
       A new state.
     """
-    if mismatch not in ("raise", "largest"):
-        raise ValueError(f"mismatch must be 'raise' or 'largest', got {mismatch!r}.")
-    groups = groups_of(source, layout)
-    labels, ids = _labels(groups, names)
+    validation.check_choice("mismatch", mismatch, ("raise", "largest"))
+    old = _numbers_of(opt_state, layout)
+    entries = _entries(source, layout, names)
+    if not any(entries.values()):
+        zeros = jax.tree.map(jnp.zeros_like, old)
+        return put_state(opt_state, count=0, mu_product=1.0, m=zeros.m, v=zeros.v)
+    progress = _progress(entries, layout, mismatch)
+    m, v = (_moments(entries, key, weights) for key in ("exp_avg", "exp_avg_sq"))
+    found = Checkpoint(layout.optimizer, progress.step, progress.product, m, v)
+    return load(opt_state, found, lambda arrays: _converted(arrays, to_params), config)
+
+
+def _numbers_of(opt_state: Any, layout: Layout) -> ScaleByNadamState:
+    """The Nadam state, if its complex leaves are stored as torch stores them."""
+    state = get_numbers(opt_state)
+    if any(map(is_complex, jax.tree.leaves(state.m))):
+        raise ValueError(_NOT_SPLIT.format(optimizer=layout.optimizer))
+    return state
+
+
+def _entries(source: Any, layout: Layout, names: Sequence[str] | None) -> dict[Label, Mapping[str, Any] | None]:
+    """What the checkpoint stores of each parameter, by its name or else its position; None if it never stepped."""
+    labels, ids = _labels(groups_of(source, layout), names)
     entries = {label: source["state"].get(i) or None for label, i in zip(labels, ids, strict=True)}
     for label, entry in entries.items():
         _check_entry(label, entry, layout)
-    old = get_numbers(opt_state)
-    if _any_complex(old.m):
-        raise ValueError(_WHOLE.format(optimizer=layout.optimizer))
-    if not any(entries.values()):
-        zeros = jax.tree.map(jnp.zeros_like, (old.m, old.v))
-        return put_state(opt_state, count=0, mu_product=1.0, m=zeros[0], v=zeros[1])
-    count, product = _progress(entries, layout, mismatch)
-    if product_after is not None:
-        product = product_after(count)
-    m, v = (_converted(_moments(entries, key, weights), to_params) for key in ("exp_avg", "exp_avg_sq"))
-    return put_state(opt_state, count=count, mu_product=1.0 if product is None else product, m=m, v=v)
+    return entries
 
 
 def _labels(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> tuple[list[Any], list[Any]]:
@@ -213,45 +156,53 @@ def _check_entry(label: Label, entry: Mapping[str, Any] | None, layout: Layout) 
     check_keys(f"state of parameter {label!r}", entry, expected)
 
 
-def _progress(
-    entries: Mapping[Label, Mapping[str, Any] | None], layout: Layout, mismatch: str
-) -> tuple[int, float | None]:
-    """The step and the product that stand for all parameters."""
-    taken = {label: _scalars(entry, layout) for label, entry in entries.items()}
-    count, product = max(taken.values(), key=lambda scalars: scalars[0])
-    apart = {label: scalars for label, scalars in taken.items() if not _same(scalars, (count, product))}
+class _Progress(NamedTuple):
+    """How far a parameter has come: its step, its product of the momenta, and the bytes that this is stored in."""
+
+    step: int
+    product: float | None = None
+    width: int = 0
+
+    def __str__(self) -> str:
+        product = "" if self.product is None else f" (product {self.product:.6g})"
+        return f"{self.step}{product}" if self.step else "none"
+
+    def agrees(self, other: "_Progress") -> bool:
+        """Whether two parameters took the same steps; products were rounded apart, of late to denormal numbers.
+
+        torch makes the product of a parameter the dtype of the parameter, so a narrower one tells nothing.
+        """
+        if self.step != other.step or self.product is None or other.product is None or self.width != other.width:
+            return self.step == other.step
+        return bool(np.isclose(self.product, other.product, rtol=1e-4, atol=1e-9))
+
+
+def _progress(entries: Mapping[Label, Mapping[str, Any] | None], layout: Layout, mismatch: str) -> _Progress:
+    """The step and the product that stand for all parameters: the largest step, the product in the widest dtype."""
+    taken = {label: _progress_of(entry, layout) for label, entry in entries.items()}
+    largest = max(taken.values(), key=lambda progress: (progress.step, progress.width))
+    apart = {label: progress for label, progress in taken.items() if not progress.agrees(largest)}
     if apart and mismatch == "raise":
-        raise ValueError(_BEHIND.format(differences=_described(taken, apart, (count, product))))
-    return count, product
+        raise ValueError(_BEHIND.format(differences=_described(apart, largest, len(taken) - len(apart))))
+    return largest
 
 
-def _scalars(entry: Mapping[str, Any] | None, layout: Layout) -> tuple[int, float | None]:
+def _progress_of(entry: Mapping[str, Any] | None, layout: Layout) -> _Progress:
     if entry is None:
-        return 0, None
-    step, *product = (as_numpy(entry[key]).item() for key in layout.scalars)
-    return int(step), float(product[0]) if product else None
+        return _Progress(0)
+    step = int(as_numpy(entry["step"]).item())
+    if layout.product is None:
+        return _Progress(step)
+    product = entry[layout.product]
+    return _Progress(step, float(as_numpy(product).item()), getattr(product, "itemsize", 8))
 
 
-def _same(ours: tuple[int, float | None], theirs: tuple[int, float | None]) -> bool:
-    """Whether two parameters went on together; their products were rounded apart, of late to denormal numbers."""
-    (step, product), (other_step, other_product) = ours, theirs
-    if step != other_step or product is None or other_product is None:
-        return step == other_step
-    return bool(np.isclose(product, other_product, rtol=1e-4, atol=1e-9))
-
-
-def _described(
-    taken: Mapping[Label, tuple[int, float | None]],
-    apart: Mapping[Label, tuple[int, float | None]],
-    largest: tuple[int, float | None],
-) -> str:
-    def text(scalars: tuple[int, float | None]) -> str:
-        product = "" if scalars[1] is None else f" (product {scalars[1]:.6g})"
-        return f"{scalars[0]}{product}" if scalars[0] else "none"
-
-    kinds = {text(scalars): [label for label, s in apart.items() if s == scalars] for scalars in apart.values()}
+def _described(apart: Mapping[Label, _Progress], largest: _Progress, others: int) -> str:
+    kinds = {
+        str(progress): [label for label, p in apart.items() if str(p) == str(progress)] for progress in apart.values()
+    }
     behind = "; ".join(f"{_listed(labels)} took {kind}" for kind, labels in kinds.items())
-    return f"{behind}; {len(taken) - len(apart)} others took {text(largest)}"
+    return f"{behind}; {others} others took {largest}"
 
 
 def _listed(labels: Sequence[Label]) -> str:
@@ -265,7 +216,7 @@ def _moments(entries: Mapping[Label, Mapping[str, Any] | None], key: str, weight
     unknown = [label for label, entry in entries.items() if entry is None and label not in shapes]
     if unknown:
         raise ValueError(_NO_SHAPE.format(labels=_listed(unknown)))
-    # Copies: torch goes on in place in what an optimizer's state_dict() shows.
+    # Copies: torch updates in place what an optimizer's state_dict() shows.
     known = {label: np.array(as_numpy(entry[key])) for label, entry in entries.items() if entry is not None}
     zeros = {label: np.zeros_like(as_numpy(x)) for label, x in shapes.items() if label not in known}
     arrays = {label: (known | zeros)[label] for label in dict.fromkeys((*entries, *shapes))}
@@ -296,6 +247,17 @@ def _converted(arrays: Any, to_params: Callable[[Any], Any]) -> Any:
     return optax.contrib.split_real_and_imaginary(keep).init(tree).inner_state
 
 
+def groups_to_dump(
+    config: NadamConfig | None,
+    param_groups: Sequence[Mapping[str, Any]] | None,
+    config_to: Callable[[NadamConfig], dict[str, Any]],
+) -> Sequence[Mapping[str, Any]]:
+    """The groups of a checkpoint to write: those given, or one made of a config."""
+    if (config is None) == (param_groups is None):
+        raise ValueError(_ONE_OF_TWO.format(got="neither" if config is None else "both"))
+    return [config_to(config)] if config is not None else list(param_groups or ())
+
+
 def dump_state(
     opt_state: Any,
     from_params: Callable[[Any], Any],
@@ -308,17 +270,15 @@ def dump_state(
 
     Args:
       opt_state: a state that holds one Nadam state.
-      from_params: turns the params tree into arrays by name, or in order.
+      from_params: turns a tree like the params into arrays by name, or in order.
       groups: parameter groups as the checkpoint is to have them; a single one without ``params`` gets all of them.
-      layout: what the checkpoint keeps.
+      layout: what the checkpoint stores.
       as_tensor: applied to every array.
 
     Returns:
       A dict with ``state`` and ``param_groups``.
     """
-    state = get_numbers(opt_state)
-    if _any_complex(state.m):
-        raise ValueError(_WHOLE.format(optimizer=layout.optimizer))
+    state = _numbers_of(opt_state, layout)
     m, v = (_by_label(from_params(_merged(tree))) for tree in (state.m, state.v))
     groups = _filled(groups, list(m))
     labels, ids = _dumped_labels(groups, list(m))
@@ -334,7 +294,7 @@ def dump_state(
 def _dumped_scalars(
     state: ScaleByNadamState, layout: Layout, tensor: Callable[[np.ndarray], Any]
 ) -> Callable[[], dict[str, Any]]:
-    """Makes step and product, anew for each parameter: torch counts on in place."""
+    """Makes a step and a product for each parameter, of its own: torch updates them in place."""
     values = {"step": np.asarray(state.count, np.float32), layout.product: np.asarray(state.mu_product)}
     if layout.plain:
         numbers_only = {"step": int(state.count), layout.product: float(state.mu_product)}
@@ -370,19 +330,10 @@ def _dumped_labels(groups: list[dict[str, Any]], labels: list[Label]) -> tuple[l
     return wanted, ids
 
 
-def _is_pair(node: Any) -> bool:
-    """Whether a node stands for a complex leaf."""
-    return getattr(node, "_fields", None) == ("real", "imaginary")
-
-
 def _merged(tree: Any) -> Any:
     """A tree of NumPy arrays, in which pairs are complex arrays again."""
 
     def merge(node: Any) -> np.ndarray:
-        return np.asarray(jax.lax.complex(node.real, node.imaginary) if _is_pair(node) else node)
+        return np.asarray(jax.lax.complex(node.real, node.imaginary) if is_pair(node) else node)
 
-    return jax.tree.map(merge, tree, is_leaf=_is_pair)
-
-
-def _any_complex(tree: Any) -> bool:
-    return any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(tree))
+    return jax.tree.map(merge, tree, is_leaf=is_pair)

@@ -198,7 +198,7 @@ def test_timm_goes_on_where_we_stopped(name, tmp_path):
     at = {name: x[-1] for name, x in trajectory.items()}
     theirs = Theirs(at, in_groups(optimizer, **kwargs))
     groups = theirs.optimizer.state_dict()["param_groups"]
-    dumped = ours.dump_state(state, keep, groups, as_tensor=torch.from_numpy)
+    dumped = ours.dump_state(state, keep, param_groups=groups, as_tensor=torch.from_numpy)
     theirs.optimizer.load_state_dict(through_file(dumped, tmp_path / "optimizer.pt"))
     expected, _ = run(tx, at, grads[BEFORE:], state)
     assert gap(theirs.run(grads[BEFORE:]), expected, 0.01) < RESUMED
@@ -207,7 +207,12 @@ def test_timm_goes_on_where_we_stopped(name, tmp_path):
 @pytest.mark.parametrize(
     ("optimizer", "config"),
     [
-        (NAdamW, NadamConfig(rule="simplified", learning_rate=0.01, eps=1e-8, weight_decay=0.1, max_learning_rate=0.1)),
+        (
+            NAdamW,
+            NadamConfig(
+                rule="simplified", learning_rate=0.01, eps=1e-8, weight_decay=0.1, weight_decay_peak_learning_rate=0.1
+            ),
+        ),
         (NAdamLegacy, NadamConfig(learning_rate=0.01, eps=1e-8, weight_decay=0.1, coupled_weight_decay=True)),
     ],
     ids=["nadamw", "nadamlegacy"],
@@ -217,7 +222,7 @@ def test_a_config_makes_a_group_that_timm_takes(optimizer, config, tmp_path):
     tx = config.build()
     trajectory, state = run(tx, params, grads[:BEFORE])
     at = {name: x[-1] for name, x in trajectory.items()}
-    dumped = ours.dump_state(state, keep, config, as_tensor=torch.from_numpy)
+    dumped = ours.dump_state(state, keep, config=config, as_tensor=torch.from_numpy)
     theirs = Theirs({name: at[name] for name in dumped["param_groups"][0]["param_names"]}, optimizer)
     theirs.optimizer.load_state_dict(through_file(dumped, tmp_path / "optimizer.pt"))
     expected, _ = run(tx, at, grads[BEFORE:], state)

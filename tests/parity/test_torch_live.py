@@ -172,7 +172,9 @@ def test_torch_goes_on_where_we_stopped(kind, tmp_path):
     trajectory, state = run(tx, params, grads[:BEFORE])
     at = {name: x[-1] for name, x in trajectory.items()}
     theirs = Theirs(at, in_groups(torch.optim.NAdam, **KWARGS))
-    dumped = ours.dump_state(state, keep, theirs.optimizer.state_dict()["param_groups"], as_tensor=torch.from_numpy)
+    dumped = ours.dump_state(
+        state, keep, param_groups=theirs.optimizer.state_dict()["param_groups"], as_tensor=torch.from_numpy
+    )
     theirs.optimizer.load_state_dict(through_file(dumped, tmp_path / "optimizer.pt"))
     expected, _ = run(tx, at, grads[BEFORE:], state)
     assert gap(theirs.run(grads[BEFORE:]), expected, 0.01) < RESUMED
@@ -184,7 +186,7 @@ def test_a_config_makes_a_group_that_torch_takes(tmp_path):
     tx = config.build()
     trajectory, state = run(tx, params, grads[:BEFORE])
     at = {name: x[-1] for name, x in trajectory.items()}
-    dumped = ours.dump_state(state, keep, config, as_tensor=torch.from_numpy)
+    dumped = ours.dump_state(state, keep, config=config, as_tensor=torch.from_numpy)
     theirs = Theirs({name: at[name] for name in dumped["param_groups"][0]["param_names"]}, nadam())
     theirs.optimizer.load_state_dict(through_file(dumped, tmp_path / "optimizer.pt"))
     expected, _ = run(tx, at, grads[BEFORE:], state)
@@ -283,7 +285,7 @@ def test_a_network_trains_on_there_and_here(tmp_path):
     back.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(w)) for name, w in weights.items()})
     resumed = torch.optim.NAdam(back.named_parameters())
     groups = optimizer.state_dict()["param_groups"]
-    resumed.load_state_dict(ours.dump_state(state, net_weights, groups, as_tensor=torch.from_numpy))
+    resumed.load_state_dict(ours.dump_state(state, net_weights, param_groups=groups, as_tensor=torch.from_numpy))
     params, _ = train_params(tx, params, state, x, y, AFTER)
     theirs = train_net(back, resumed, torch.from_numpy(x), torch.from_numpy(y), AFTER)
     assert gap(net_weights(jax.tree.map(np.asarray, params)), theirs, 0.01) < BOUND
