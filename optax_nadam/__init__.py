@@ -7,6 +7,7 @@ from optax_nadam._quantized import Quantized
 from optax_nadam._rules import Rule, RuleName
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam._state import ScaleByNadamState, convert_moments, get_state
+from optax_nadam._wrappers import clip_by_global_norm
 
 from optax_nadam import compat, diagnostics  # isort: skip  # they need the names above
 
@@ -19,6 +20,7 @@ __all__ = [
     "RuleName",
     "ScaleByNadamState",
     "ScheduleConfig",
+    "clip_by_global_norm",
     "compat",
     "compensated",
     "convert_moments",

@@ -22,13 +22,13 @@ _T = TypeVar("_T")
 _Parse = Callable[[str, Any], _T]  # takes the field's name and value
 
 
-def _number(check: Callable[[str, float], None]) -> _Parse[float]:
+def _number(check: Callable[[str, Any], None]) -> _Parse[float]:
     """Parses a number, Python's or NumPy's, into a Python float."""
 
     def parse(name: str, value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {value!r}.")
-        check(name, float(value))
+        check(name, value)
         return float(value)
 
     return parse
@@ -47,7 +47,7 @@ def _bool(name: str, value: Any) -> bool:
 def _positive_int(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}.")
-    validation.check_positive(name, int(value))
+    validation.check_positive(name, value)
     return int(value)
 
 
@@ -183,7 +183,7 @@ class NadamConfig:
             optax.scale(-1.0) if self.maximize else None,
             optax.clip(self.clip_value) if self.clip_value is not None else None,
             wrappers.clip_by_norm(self.clip_norm) if self.clip_norm is not None else None,
-            optax.clip_by_global_norm(self.clip_global_norm) if self.clip_global_norm is not None else None,
+            wrappers.clip_by_global_norm(self.clip_global_norm) if self.clip_global_norm is not None else None,
             optax.add_decayed_weights(self.weight_decay) if self.coupled_weight_decay and self.weight_decay else None,
             self._step(),
             optax.add_decayed_weights(self._decoupled_decay(alpha)) if decoupled else None,
@@ -193,7 +193,7 @@ class NadamConfig:
         if self.complex_as_real:
             tx = optax.with_extra_args_support(optax.contrib.split_real_and_imaginary(tx))
         if self.accumulate_steps > 1:
-            tx = optax.with_extra_args_support(optax.MultiSteps(tx, self.accumulate_steps).gradient_transformation())
+            tx = wrappers.accumulate(tx, self.accumulate_steps)
         return tx
 
     def _schedule_or_number(self, learning_rate: Any) -> Any:

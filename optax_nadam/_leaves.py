@@ -32,6 +32,11 @@ def complex_like(dtype: DTypeLike, leaf: Any) -> jnp.dtype:
     return jnp.dtype(jnp.complex128 if jnp.dtype(dtype) == jnp.float64 else jnp.complex64)
 
 
+def abs_squared(x: jax.Array) -> jax.Array:
+    """The square of the magnitude of each element, real."""
+    return jnp.real(x * jnp.conj(x))
+
+
 def zeros_like(param: Any, dtype: DTypeLike) -> jax.Array:
     """Zeros sharded like the parameter.
 

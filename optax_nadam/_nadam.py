@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_nadam import _validation as validation
-from optax_nadam._leaves import complex_like, compute_dtype
+from optax_nadam._leaves import abs_squared, complex_like, compute_dtype
 from optax_nadam._moments import Moment, average, parse_format, zero_m, zero_v
 from optax_nadam._quantized import is_quantized
 from optax_nadam._rounding import RandomBits
@@ -172,7 +172,7 @@ def _update_leaf(
     grad = g.astype(complex_like(real, g))
 
     m_t, m_stored = average(m, grad, c.m_weight, RandomBits.for_m(step))
-    v_t, v_stored = average(v, _abs_squared(grad), c.v_weight, RandomBits.for_v(step))
+    v_t, v_stored = average(v, abs_squared(grad), c.v_weight, RandomBits.for_v(step))
     u = direction(grad, m_t, v_t, c, power)
     return u.astype(g.dtype), m_stored, v_stored
 
@@ -186,10 +186,6 @@ def direction(g: jax.Array, m: jax.Array, v: jax.Array, c: Coefficients, power: 
 
 def _power(x: jax.Array, power: float) -> jax.Array:
     return jnp.sqrt(x) if power == 0.5 else x**power
-
-
-def _abs_squared(x: jax.Array) -> jax.Array:
-    return jnp.real(x * jnp.conj(x))
 
 
 def _unzip(treedef: Any, triples: list[tuple[jax.Array, Moment, Moment]]) -> tuple[Any, Any, Any]:

@@ -63,7 +63,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         """Checks the name and the arguments' names; sequences become tuples."""
-        validation.check_choice("name", self.name, SCHEDULES)
+        validation.check_choice("name of a schedule", self.name, SCHEDULES)
         plain = {key: tuple(x) if isinstance(x, list) else x for key, x in self.arguments.items()}
         object.__setattr__(self, "arguments", plain)
         try:

@@ -39,8 +39,8 @@ _COMPLEX = (
     " leaves do not mix; if the params changed, call init again."
 )
 _STATE = (
-    "{name} got a state that belongs to another optimizer: {got} where it keeps {expected}. Pass the state"
-    " that this optimizer's own init made."
+    "{name} got the state of another optimizer: {got} in place of {expected}. Pass the state that this optimizer's own"
+    " init made."
 )
 
 

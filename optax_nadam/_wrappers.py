@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import optax
 from jax import numpy as jnp
+from jax.typing import ArrayLike
 
 from optax_nadam import _validation as validation
-from optax_nadam._leaves import complex_like, compute_dtype
+from optax_nadam._leaves import abs_squared, complex_like, compute_dtype, zeros_like
 
 
 def chain(name: str, *transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -23,33 +24,141 @@ def chain(name: str, *transformations: optax.GradientTransformation) -> optax.Gr
     return optax.GradientTransformationExtraArgs(chained.init, update)
 
 
-def clip_by_norm(max_norm: float) -> optax.GradientTransformation:
-    """Clips each leaf by its own norm, which is taken in at least float32."""
-    clip = optax.clip_by_global_norm(max_norm)
+def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
+    r"""Clips gradients by their global norm, as ``optax.clip_by_global_norm``, but exact in every dtype.
 
-    def clip_leaf(g: jax.Array) -> jax.Array:
-        wide = g.astype(complex_like(compute_dtype(g), g))
-        clipped, _ = clip.update(wide, clip.init(wide))
-        return clipped.astype(g.dtype)
+    .. math:: g \leftarrow g \cdot \min(1, c / \lVert g \rVert), \quad \lVert g \rVert^2 = \sum |g_i|^2
 
-    return optax.stateless(lambda updates, params: jax.tree.map(clip_leaf, updates))
+    over the elements of all leaves. The norm is computed in float32, or float64 where a leaf has 64-bit parts, and
+    applied as one scalar factor, so the gradients are read once more and nothing is stored. Optax computes it in the
+    dtype of the gradients: in float16 it overflows above 65504, in bfloat16 it does not grow beyond some hundred leaves
+    of equal norm.
+
+    Args:
+      max_norm: :math:`c`, the largest norm, positive; a number or a scalar array.
+
+    Returns:
+      A gradient transformation without state, whose updates have the dtypes of the gradients.
+
+    Raises:
+      ValueError: a number that is not positive and finite, or an array that is no scalar.
+      TypeError: what is neither a number nor an array.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_nadam
+      >>> tx = optax.chain(optax_nadam.clip_by_global_norm(1.0), optax_nadam.nadamw(1e-3))
+      >>> clip = optax_nadam.clip_by_global_norm(1.0)
+      >>> clipped, _ = clip.update(jnp.full(1000, 10.0, jnp.float16), clip.init(None))
+      >>> clipped[0].item()  # 1 / sqrt(1000), as float16
+      0.0316162109375
+
+    References:
+      Pascanu et al., `On the difficulty of training recurrent neural networks
+      <https://arxiv.org/abs/1211.5063>`_, 2013.
+    """
+    validation.check_positive("max_norm", max_norm)
+    return optax.stateless(lambda updates, params: _clipped(updates, max_norm))
+
+
+def clip_by_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
+    """Clips each leaf by its own norm, as :func:`clip_by_global_norm` clips all together."""
+    return optax.stateless(lambda updates, params: jax.tree.map(lambda g: _clipped(g, max_norm), updates))
+
+
+def _clipped(updates: Any, max_norm: ArrayLike) -> Any:
+    """The updates, scaled so that their norm is at most the given one."""
+    leaves = jax.tree.leaves(updates)
+    dtype = compute_dtype(*leaves)
+    squares = (jnp.sum(abs_squared(g.astype(complex_like(dtype, g)))) for g in leaves)
+    norm = jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
+    limit = jnp.asarray(max_norm, dtype)
+    factor = jnp.where(norm < limit, 1, limit / norm)
+    return jax.tree.map(lambda g: (_widened(g) * factor.astype(_widened(g).dtype)).astype(g.dtype), updates)
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """An array in the dtype to compute in."""
+    return x.astype(complex_like(compute_dtype(x), x))
+
+
+def accumulate(inner: optax.GradientTransformationExtraArgs, steps: int) -> optax.GradientTransformationExtraArgs:
+    """Averages the gradients of so many calls for one step of an inner optimizer, as ``optax.MultiSteps``.
+
+    Each leaf is averaged in at least float32, and in no narrower or less complex dtype than its own; Optax has one
+    dtype for all leaves. In between, the updates are zero.
+
+    Args:
+      inner: makes the step.
+      steps: how many gradients make a step.
+
+    Returns:
+      A transformation whose state is an ``optax.MultiStepsState``.
+    """
+
+    def init(params: Any) -> optax.MultiStepsState:
+        return optax.MultiStepsState(
+            mini_step=jnp.zeros((), jnp.int32),
+            gradient_step=jnp.zeros((), jnp.int32),
+            inner_opt_state=inner.init(params),
+            acc_grads=jax.tree.map(lambda p: zeros_like(p, complex_like(compute_dtype(p), p)), params),
+        )
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        def average(mean: jax.Array, g: jax.Array) -> jax.Array:
+            return mean + (g.astype(mean.dtype) - mean) / (state.mini_step + 1).astype(mean.dtype)
+
+        mean = jax.tree.map(average, state.acc_grads, updates)
+        gradients = jax.tree.map(lambda x, g: x.astype(g.dtype), mean, updates)
+        u, inner_state = inner.update(gradients, state.inner_opt_state, params, **extra_args)
+        is_last = state.mini_step == steps - 1
+
+        def at_last(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(is_last, new, old).astype(old.dtype)
+
+        return jax.tree.map(lambda x: jnp.where(is_last, x, jnp.zeros_like(x)), u), optax.MultiStepsState(
+            mini_step=jnp.where(is_last, 0, state.mini_step + 1),
+            gradient_step=at_last(optax.safe_increment(state.gradient_step), state.gradient_step),
+            inner_opt_state=jax.tree.map(at_last, inner_state, state.inner_opt_state),
+            acc_grads=jax.tree.map(lambda x: jnp.where(is_last, jnp.zeros_like(x), x), mean),
+            skip_state=state.skip_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def is_pair(node: Any) -> bool:
+    """Whether a node stands for a complex leaf that ``optax.contrib.split_real_and_imaginary`` made two real ones."""
+    return getattr(node, "_fields", None) == ("real", "imaginary")
+
+
+def _mean(leaf: Any) -> jax.Array:
+    """The mean over a leaf, or over both parts of one."""
+    parts = jax.tree.leaves(leaf)
+    return sum(map(jnp.sum, parts)) / sum(x.size for x in parts)
 
 
 def cautious(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     r"""Drops the elements of an update that point away from the gradient, and scales up the others, leaf by leaf.
 
-    .. math:: u \leftarrow u \odot M / \max(\operatorname{mean} M, 10^{-3}), \quad M = [u \odot g > 0]
+    .. math:: u \leftarrow u \odot M / \max(\operatorname{mean} M, 10^{-3}), \quad M = [\operatorname{Re}(u \bar g) > 0]
+
+    The mean is over a whole leaf, also where its real and imaginary parts are updated apart.
 
     Source: Liang et al., `Cautious Optimizers <https://arxiv.org/abs/2411.16085>`_, 2024.
     """
 
-    def mask(u: jax.Array, g: jax.Array) -> jax.Array:
-        agrees = (u * g > 0).astype(compute_dtype(g))
-        return u * (agrees / jnp.maximum(jnp.mean(agrees), 1e-3)).astype(u.dtype)
+    def agreement(u: jax.Array, g: jax.Array) -> jax.Array:
+        return (jnp.real(u * jnp.conj(g)) > 0).astype(compute_dtype(g))
+
+    def mask(u: Any, g: Any) -> Any:
+        agrees = jax.tree.map(agreement, u, g)
+        mean = jnp.maximum(_mean(agrees), 1e-3)
+        return jax.tree.map(lambda u, a: u * (a / mean).astype(u.dtype), u, agrees)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         u, state = inner.update(updates, state, params, **extra_args)
-        return jax.tree.map(mask, u, updates), state
+        return jax.tree.map(mask, u, updates, is_leaf=is_pair), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -59,7 +168,9 @@ def clip_by_gradient_rms(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrinks the update of a leaf where the gradient has outgrown its second moment.
 
-    .. math:: u \leftarrow u / \max(1, \operatorname{rms}(g / (\sqrt{\hat v} + \varepsilon)) / \text{threshold})
+    .. math:: u \leftarrow u / \max(1, \operatorname{rms}(|g| / (\sqrt{\hat v} + \varepsilon)) / \text{threshold})
+
+    The mean is over a whole leaf, also where its real and imaginary parts are updated apart.
 
     Args:
       inner: makes the update.
@@ -72,14 +183,15 @@ def clip_by_gradient_rms(
     Source: Wortsman et al., `Stable and low-precision training <https://arxiv.org/abs/2304.13013>`_, 2023.
     """
 
-    def shrink(u: jax.Array, normalised: jax.Array) -> jax.Array:
-        rms = jnp.sqrt(jnp.mean(jnp.square(normalised.astype(compute_dtype(u)))))
-        return u / jnp.maximum(1.0, rms / threshold).astype(u.dtype)
+    def shrink(u: Any, normalised: Any) -> Any:
+        rms = jnp.sqrt(_mean(jax.tree.map(lambda x: abs_squared(_widened(x)), normalised)))
+        divisor = jnp.maximum(1.0, rms / threshold)
+        return jax.tree.map(lambda u: u / divisor.astype(u.dtype), u)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         normalised, _ = plain.update(updates, state, params, **extra_args)
         u, state = inner.update(updates, state, params, **extra_args)
-        return jax.tree.map(shrink, u, normalised), state
+        return jax.tree.map(shrink, u, normalised, is_leaf=is_pair), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

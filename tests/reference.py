@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 RULES = ("scheduled", "constant", "simplified", "dozat2016")
-FURTHER_RULES = ("torch1", "loss_scaled", "eps_hat", "undebiased", "flux")
-CONSTANT_MOMENTUM = ("constant", "simplified", "eps_hat", "undebiased", "flux")
+FURTHER_RULES = ("adam", "torch1", "loss_scaled", "eps_hat", "undebiased", "flux")
+CONSTANT_MOMENTUM = ("constant", "simplified", "adam", "eps_hat", "undebiased", "flux")
 
 
 @dataclass(frozen=True)
 class Nadam:
-    """The hyperparameters of one dialect."""
+    """The hyperparameters of one variant."""
 
     rule: str = "scheduled"
     b1: float = 0.9
@@ -53,7 +53,7 @@ class Nadam:
         g_hat = g / (1 - product)
         v_hat = v / v_debias
         eps = self.eps
-        if self.rule in ("simplified", "eps_hat"):
+        if self.rule in ("simplified", "adam", "eps_hat"):
             m_hat = m / (1 - product)
         elif self.rule == "torch1":
             m_hat = m / (1 - product * mu * mu_next)
@@ -65,7 +65,7 @@ class Nadam:
             eps = eps / np.sqrt(v_debias)
         if self.rule == "undebiased":
             g_hat, m_hat, v_hat = g, m, v
-        m_bar = (1 - mu) * g_hat + mu_next * m_hat
+        m_bar = m_hat if self.rule == "adam" else (1 - mu) * g_hat + mu_next * m_hat
         return m_bar / ((v_hat + self.eps_root) ** self.power + eps)
 
     def updates(self, grads):
@@ -80,7 +80,7 @@ class Nadam:
     def history(self, grads):
         """The updates, the moments and the products of all steps; of a million in seconds.
 
-        Only the moments are reckoned step by step; all else is of the step alone.
+        Only the moments are computed step by step; all else depends on the step alone.
         """
         m, v = np.empty_like(grads), np.empty_like(grads)
         before = 0 * grads[0], 0 * grads[0]

@@ -1,6 +1,7 @@
 """NadamConfig: its way through JSON, its errors, and what it builds."""
 
 import dataclasses
+import functools
 import json
 import re
 from typing import Any
@@ -12,7 +13,7 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from optax_nadam import NadamConfig, Schedule, nadam, nadamw
+from optax_nadam import NadamConfig, ScheduleConfig, nadam, nadamw
 from optax_nadam._rules import RULES
 from tests.reference import Nadam
 
@@ -26,13 +27,13 @@ EVERY_FIELD_CHANGED = NadamConfig(
     rule="dozat2016",
     weight_decay=0.1,
     coupled_weight_decay=True,
-    decay=0.25,
+    learning_rate_decay=0.25,
     clip_value=0.9,
     clip_norm=1.5,
     clip_global_norm=2.0,
-    max_learning_rate=0.5,
+    weight_decay_peak_learning_rate=0.5,
     clip_update_rms=1.0,
-    caution=True,
+    cautious=True,
     maximize=True,
     complex_as_real=True,
     accumulate_steps=2,
@@ -85,8 +86,8 @@ def test_unknown_and_missing_names_are_rejected_by_name():
     fields = NadamConfig().to_dict()
     with pytest.raises(ValueError, match=r"NadamConfig.*unknown beta_1"):
         NadamConfig.from_dict(fields | {"beta_1": 0.9})
-    del fields["b1"], fields["decay"]
-    with pytest.raises(ValueError, match=r"NadamConfig.*missing b1, decay"):
+    del fields["b1"], fields["learning_rate_decay"]
+    with pytest.raises(ValueError, match=r"NadamConfig.*missing b1, learning_rate_decay"):
         NadamConfig.from_dict(fields)
 
 
@@ -99,10 +100,10 @@ def test_unknown_and_missing_names_are_rejected_by_name():
         ("b1", None, TypeError, "must be a number, got None"),
         ("b1", True, TypeError, "must be a number, got True"),
         ("eps", "1e-7", TypeError, "must be a number, got '1e-7'"),
-        ("rule", 3, TypeError, "must be a string, got 3"),
+        ("rule", 3, ValueError, "must be one of 'scheduled', "),
         ("coupled_weight_decay", 1, TypeError, "must be True or False, got 1"),
         ("weight_decay", -1.0, ValueError, "must be finite and not negative, got -1.0"),
-        ("decay", -1.0, ValueError, "must be finite and not negative, got -1.0"),
+        ("learning_rate_decay", -1.0, ValueError, "must be finite and not negative, got -1.0"),
         ("clip_value", 0.0, ValueError, "must be finite and positive, got 0.0"),
         ("clip_norm", -1.0, ValueError, "must be finite and positive, got -1.0"),
         ("clip_global_norm", float("nan"), ValueError, "must be finite and positive, got nan"),
@@ -184,33 +185,50 @@ def test_coupled_weight_decay_is_that_of_torch():
 
 
 def test_decay_divides_the_learning_rate_by_the_steps_taken():
-    u = jnp.diff(run(NadamConfig(decay=0.5, b1=0.0).build(), jnp.float32(0.0), jnp.ones(4)), prepend=0.0)
+    u = jnp.diff(run(NadamConfig(learning_rate_decay=0.5, b1=0.0).build(), jnp.float32(0.0), jnp.ones(4)), prepend=0.0)
     np.testing.assert_allclose(u, -1e-3 / (1 + 0.5 * np.arange(4)), rtol=1e-5)
 
 
 def test_schedules_and_rules_survive_json():
     rule = dataclasses.replace(RULES["undebiased"], power=0.25)
-    schedule = Schedule("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10})
+    schedule = ScheduleConfig("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10})
     config = NadamConfig(learning_rate=schedule, rule=rule)
     assert NadamConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_configs_are_static_arguments_of_jit():
+    traces = []
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def learning_rate(config):
+        traces.append(config)
+        return config.learning_rate.build()(3)
+
+    def make(values, kind):
+        schedule = ScheduleConfig("piecewise_constant", {"boundaries": kind([3]), "values": kind(values)})
+        return NadamConfig(learning_rate=schedule, rule=RULES["flux"])
+
+    assert learning_rate(make([1, 0.5], list)) == learning_rate(make([1.0, 0.5], tuple)) == 1
+    assert learning_rate(make([0.25, 0.5], list)) == 0.25
+    assert len(traces) == 2
+
+
 def test_decay_beside_a_schedule_is_rejected():
-    schedule = Schedule("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10})
-    with pytest.raises(ValueError, match=r"decay must be 0 beside a schedule, got 0\.1"):
-        NadamConfig(learning_rate=schedule, decay=0.1)
+    schedule = ScheduleConfig("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10})
+    with pytest.raises(ValueError, match=r"learning_rate_decay must be 0 beside a schedule, got 0\.1"):
+        NadamConfig(learning_rate=schedule, learning_rate_decay=0.1)
 
 
 @pytest.mark.lenient("Optax's schedules mix dtypes")
 def test_a_schedule_reaches_the_update(rng):
     params, grads = problem(rng)
-    schedule = Schedule("exponential_decay", {"initial_learning_rate": 0.1, "decay_steps": 5, "decay_rate": 0.5})
+    schedule = ScheduleConfig("exponential_decay", {"initial_learning_rate": 0.1, "decay_steps": 5, "decay_rate": 0.5})
     expected = run(nadam(optax.exponential_decay(0.1, 5, 0.5)), params, grads)
     chex.assert_trees_all_equal(run(NadamConfig(learning_rate=schedule).build(), params, grads), expected)
     chex.assert_trees_all_equal(run(NadamConfig().build(schedule.build()), params, grads), expected)
 
 
-def test_maximize_turns_the_gradient_round_before_coupled_decay(rng):
+def test_maximize_negates_the_gradient_before_coupled_decay(rng):
     params, grads = problem(rng)
     config = NadamConfig(weight_decay=0.5, coupled_weight_decay=True)
     down = run(config.build(), params, jax.tree.map(jnp.negative, grads))
@@ -219,9 +237,11 @@ def test_maximize_turns_the_gradient_round_before_coupled_decay(rng):
 
 @pytest.mark.parametrize("schedule", [False, True])
 @pytest.mark.lenient("Optax's schedules mix dtypes")
-def test_max_learning_rate_makes_weight_decay_fall_with_the_square_of_the_rate(schedule):
-    halving = Schedule("piecewise_constant", {"boundaries": [0], "values": [0.5, 0.25]})
-    config = NadamConfig(learning_rate=halving if schedule else 0.25, weight_decay=0.1, max_learning_rate=1.0, b1=0.0)
+def test_a_peak_learning_rate_makes_weight_decay_fall_with_the_square_of_the_rate(schedule):
+    halving = ScheduleConfig("piecewise_constant", {"boundaries": [0], "values": [0.5, 0.25]})
+    config = NadamConfig(
+        learning_rate=halving if schedule else 0.25, weight_decay=0.1, weight_decay_peak_learning_rate=1.0, b1=0.0
+    )
     p = run(config.build(), jnp.float32(2.0), jnp.zeros(2))
     rates = (0.5, 0.25) if schedule else (0.25, 0.25)
     expected = 2.0 * np.cumprod([1 - 0.1 * rate**2 for rate in rates])
@@ -242,7 +262,7 @@ def test_complex_as_real_treats_the_parts_apart(rng):
 def test_accumulation_averages_gradients_while_the_schedule_counts_each(rng):
     params, grads = problem(rng, steps=12)
     seen = {"initial_learning_rate": 0.1, "decay_steps": 12, "end_learning_rate": 0.0}
-    config = NadamConfig(learning_rate=Schedule("polynomial_decay", seen), accumulate_steps=3)
+    config = NadamConfig(learning_rate=ScheduleConfig("polynomial_decay", seen), accumulate_steps=3)
     got = run(config.build(), params, grads)
     means = jax.tree.map(lambda g: g.reshape(4, 3, *g.shape[1:]).mean(axis=1), grads)
     expected = run(nadam(lambda n: 0.1 * (1 - (3 * n + 2) / 12)), params, means)

@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from optax_nadam import NadamConfig, ScaleByNadamState, nadam, nadamw, scale_by_nadam
 from optax_nadam.diagnostics import scalars
 from tests.reference import FURTHER_RULES, RULES, Nadam
-from tests.test_sharding import collectives, laid_out, mesh_of, random_tree
+from tests.system.test_sharding import collectives, laid_out, mesh_of, random_tree
 
 HYPERPARAMETERS: dict[str, Any] = {"b1": 0.8, "b2": 0.97, "eps": 1e-3, "eps_root": 1e-4, "momentum_decay": 0.3}
 SHAPES = {"kernel": (3, 5), "bias": (5,), "scale": ()}

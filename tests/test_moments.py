@@ -12,7 +12,7 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_nadam import NadamConfig, Quantized, nadamw, scale_by_nadam
-from optax_nadam._moments import decoded
+from optax_nadam._moments import decode
 from optax_nadam._quantized import is_quantized
 from tests.reference import Nadam
 
@@ -21,7 +21,7 @@ every_format = pytest.mark.parametrize("narrow", NARROW.values(), ids=NARROW)
 
 
 def numbers(tree):
-    return jax.tree.map(lambda x: decoded(x, jnp.float32), tree, is_leaf=is_quantized)
+    return jax.tree.map(lambda x: decode(x, jnp.float32), tree, is_leaf=is_quantized)
 
 
 def trained(tx, grads):

@@ -9,12 +9,12 @@ import pytest
 from jax import numpy as jnp
 
 from optax_nadam import Quantized
-from optax_nadam._moments import decoded, kept_like, zero_m, zero_v
-from optax_nadam._quantized import encoded
-from optax_nadam._rounding import Chance
+from optax_nadam._moments import decode, encode, zero_m, zero_v
+from optax_nadam._quantized import quantize
+from optax_nadam._rounding import RandomBits
 
 MANY = 2**18
-CHANCE = Chance(jnp.int32(1), 0)
+CHANCE = RandomBits(jnp.int32(1), high=False)
 SIGNED, UNSIGNED = jnp.int8, jnp.uint8
 
 
@@ -25,7 +25,7 @@ def of(dtype, shape):
 def levels(dtype):
     """Every number there is, for a scale of 1."""
     codes = jnp.arange(-127, 128, dtype=dtype) if dtype == SIGNED else jnp.arange(256).astype(dtype)
-    return np.asarray(Quantized(codes, jnp.ones((), jnp.bfloat16)).decoded(jnp.float32), float)
+    return np.asarray(Quantized(codes, jnp.ones((), jnp.bfloat16)).decode(jnp.float32), float)
 
 
 def test_levels_are_squares_with_a_sign_and_fourth_powers():
@@ -39,8 +39,8 @@ def test_levels_are_squares_with_a_sign_and_fourth_powers():
 @pytest.mark.parametrize("share", [0.999, 0.7, 0.1234, 0.01, 3e-4, 2e-6])
 def test_either_neighbour_and_right_in_the_mean(dtype, share, scale):
     rows = jnp.full((MANY // 64, 64), np.float32(share * scale)).at[:, 0].set(scale)
-    kept = encoded(rows, of(dtype, rows.shape), CHANCE)
-    got = np.asarray(kept.decoded(jnp.float32), float)[:, 1:] / scale
+    kept = quantize(rows, of(dtype, rows.shape), CHANCE)
+    got = np.asarray(kept.decode(jnp.float32), float)[:, 1:] / scale
     possible = levels(dtype)
     above = possible[np.searchsorted(possible, share)]
     below = possible[np.searchsorted(possible, share) - 1]
@@ -52,17 +52,17 @@ def test_either_neighbour_and_right_in_the_mean(dtype, share, scale):
 
 def test_signs_are_kept_and_small_second_moments_stay_above_zero():
     row = jnp.tile(jnp.array([1.0, -1.0, -1e-3, 1e-20]), 16)[None]
-    m = encoded(row, of(SIGNED, (1, 64)), CHANCE).decoded(jnp.float32)
+    m = quantize(row, of(SIGNED, (1, 64)), CHANCE).decode(jnp.float32)
     assert np.all(np.sign(m) * np.sign(row) >= 0)
     assert np.all(m[0, :2] == row[0, :2])
-    v = encoded(jnp.abs(row), of(UNSIGNED, (1, 64)), CHANCE).decoded(jnp.float32)
+    v = quantize(jnp.abs(row), of(UNSIGNED, (1, 64)), CHANCE).decode(jnp.float32)
     np.testing.assert_allclose(np.min(v), 255.0**-4, rtol=5e-7)
 
 
 @pytest.mark.parametrize("largest", [1.0, 1.00001, 3.3e-5, 1.999, 7.7e30, 1.5e-38])
 def test_the_scale_is_the_next_bfloat16_of_the_largest_in_the_row(largest):
     row = jnp.linspace(-largest, largest / 2, 64)[None]
-    scale = float(encoded(row, of(SIGNED, (1, 64)), CHANCE).scale[0])
+    scale = float(quantize(row, of(SIGNED, (1, 64)), CHANCE).scale[0])
     largest = float(np.float32(largest))
     assert largest <= scale < largest * (1 + 2**-7)
     assert scale == largest or float(jnp.nextafter(jnp.bfloat16(scale), jnp.bfloat16(0))) < largest
@@ -71,7 +71,7 @@ def test_the_scale_is_the_next_bfloat16_of_the_largest_in_the_row(largest):
 @pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
 def test_rows_of_zeros_are_zeros_and_what_is_not_finite_shows_in_its_row_alone(dtype):
     rows = jnp.zeros((4, 64)).at[1].set(3.0).at[2, 5].set(jnp.nan).at[3, 5].set(jnp.inf)
-    got = np.asarray(encoded(rows, of(dtype, rows.shape), CHANCE).decoded(jnp.float32))
+    got = np.asarray(quantize(rows, of(dtype, rows.shape), CHANCE).decode(jnp.float32))
     assert np.all(got[0] == 0)
     assert np.all(got[1] == 3)
     assert np.all(np.isnan(got[2]))
@@ -103,7 +103,7 @@ def test_a_scale_for_as_many_of_the_last_axes_as_hold_64_elements(shape, scales,
     assert sum(x.nbytes for x in jax.tree.leaves((m, v))) <= 2.07 * math.prod(shape)
 
     x = rng.normal(size=shape).astype(np.float32)
-    got = np.asarray(decoded(kept_like(jnp.asarray(x), m, CHANCE), jnp.float32))
+    got = np.asarray(decode(encode(jnp.asarray(x), m, CHANCE), jnp.float32))
     row = np.max(np.abs(x), axis=tuple(range(len(scales), len(shape))), keepdims=True)
     assert np.all(np.abs(got - x) <= row * ((2 * np.sqrt(np.abs(x) / row) + 1 / 127) / 127 + 0.01))
 

@@ -1,23 +1,23 @@
-"""Rounding by chance: right in the mean, never further than the next number, and of position and step alone."""
+"""Stochastic rounding: unbiased, never further than the next number, a function of position and step alone."""
 
 import chex
 import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from optax_nadam._rounding import Chance, rounded
+from optax_nadam._rounding import RandomBits, round_to
 
 MANY = 2**20
 
 
 def both_draws(step, number=MANY):
-    return [np.asarray(Chance(jnp.int32(step), draw).bits((number,))) for draw in (0, 1)]
+    return [np.asarray(RandomBits(jnp.int32(step), high).draw((number,))) for high in (False, True)]
 
 
 def test_the_bits_of_a_leaf_are_those_of_its_rows_one_after_another():
-    for draw in (0, 1):
-        chance = Chance(jnp.int32(3), draw)
-        chex.assert_trees_all_equal(chance.bits((4, 8, 32)).reshape(-1), chance.bits((1024,)))
+    for high in (False, True):
+        bits = RandomBits(jnp.int32(3), high)
+        chex.assert_trees_all_equal(bits.draw((4, 8, 32)).reshape(-1), bits.draw((1024,)))
 
 
 def test_no_two_elements_have_the_same_bits_and_all_values_are_alike():
@@ -36,19 +36,19 @@ def test_steps_positions_and_draws_do_not_go_together():
         assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(MANY)
 
 
-@pytest.mark.parametrize("draw", [0, 1])
+@pytest.mark.parametrize("high", [False, True])
 @pytest.mark.parametrize("value", [1.0, 1.2345678, -3.3e-5, 7.7e30, 1.00001, 2.0**-126 * 1.7, 255.7])
-def test_bfloat16_is_right_in_the_mean_and_never_off_by_a_whole_unit(value, draw):
+def test_rounding_to_bfloat16_is_unbiased_and_never_off_by_a_whole_unit(value, high):
     exact = float(np.float32(value))
-    got = np.asarray(rounded(jnp.full(MANY, value), jnp.bfloat16, Chance(jnp.int32(1), draw)), float)
+    got = np.asarray(round_to(jnp.full(MANY, value), jnp.bfloat16, RandomBits(jnp.int32(1), high)), float)
     unit = 2.0 ** (np.floor(np.log2(abs(exact))) - 7)
     assert np.all(np.abs(got - exact) < unit)
     assert abs(np.mean(got) - exact) < 5 * unit / 2 / np.sqrt(MANY)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -1.5, 2.0**-126, np.inf, -np.inf, np.nan])
-def test_what_bfloat16_can_say_is_kept(value):
-    got = rounded(jnp.full(1000, value), jnp.bfloat16, Chance(jnp.int32(1), 0))
+def test_bfloat16_numbers_are_not_changed(value):
+    got = round_to(jnp.full(1000, value), jnp.bfloat16, RandomBits(jnp.int32(1), high=False))
     chex.assert_trees_all_equal(got, jnp.full(1000, value, jnp.bfloat16))
     assert np.all(np.signbit(got) == np.signbit(value)) or np.isnan(value)
 
@@ -56,4 +56,4 @@ def test_what_bfloat16_can_say_is_kept(value):
 @pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])
 def test_other_dtypes_are_cast(dtype):
     x = jnp.linspace(-1, 1, 7)
-    chex.assert_trees_all_equal(rounded(x, dtype, Chance(jnp.int32(1), 0)), x.astype(dtype))
+    chex.assert_trees_all_equal(round_to(x, dtype, RandomBits(jnp.int32(1), high=False)), x.astype(dtype))

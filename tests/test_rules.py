@@ -1,10 +1,16 @@
 """The scalars of a step."""
 
+import dataclasses
+import json
+import re
+import typing
+
 import jax
 import numpy as np
 import pytest
 from jax import numpy as jnp
 
+import optax_nadam
 from optax_nadam import _rules
 from tests.reference import FURTHER_RULES, RULES, Nadam
 
@@ -16,7 +22,7 @@ STEPS = np.unique(np.concatenate([np.arange(1, 3000), np.geomspace(3000, 1e7, 30
 def test_one_minus_a_power_is_right_to_3e_7(b, kind):
     base = kind(b)
     number = float(base)
-    base = number if _rules.is_number(base) else base
+    base = number if isinstance(base, float | np.floating) else base
     complement = jax.vmap(lambda t: _rules._power(base, t).complement)(jnp.asarray(STEPS, jnp.float32))
     exact = -np.expm1(STEPS * np.log(number))
     np.testing.assert_allclose(np.asarray(complement, float), exact, rtol=3e-7)
@@ -50,7 +56,7 @@ def test_momentum_and_its_complement(rule, momentum_decay):
 
 def test_first_coefficient_is_exact_however_close_momentum_is_to_one():
     h = _rules.Hyperparameters(0.99999, 0.999, 1e-7, 0.0, 1e3)
-    c, product = _rules.coefficients(_rules.RULES["scheduled"], jnp.int32(1), jnp.float32(1.0), h)
+    product, c = _rules.scalars_of_step(_rules.RULES["scheduled"], jnp.int32(1), jnp.float32(1.0), h)
     assert c.cg == 1
     np.testing.assert_allclose(product, 0.99999, rtol=1e-7)
 
@@ -66,10 +72,47 @@ def test_a_lost_product_is_rebuilt(rule, count):
     np.testing.assert_allclose(rebuilt, product, rtol=1e-12)
 
 
-def test_corrections_may_be_given_by_name():
-    assert _rules.Rule(m_correction="twice") == _rules.RULES["torch1"]  # type: ignore[arg-type]  # as from JSON
-    with pytest.raises(ValueError, match="thrice"):
-        _rules.Rule(m_correction="thrice")  # type: ignore[arg-type]  # the error is what is tested
+def test_the_names_of_rules_are_those_that_type_checkers_know():
+    assert typing.get_args(_rules.RuleName) == tuple(_rules.RULES) == rules_in_the_docstring()
+
+
+def rules_in_the_docstring():
+    """The first column of the table of rules in ``scale_by_nadam``."""
+    table = re.findall(r"^ *``(\w+)`` +:math:", optax_nadam.scale_by_nadam.__doc__ or "", re.MULTILINE)
+    return tuple(table)
+
+
+def test_rules_come_from_json_and_go_into_it():
+    for rule in _rules.RULES.values():
+        assert _rules.Rule(**json.loads(json.dumps(dataclasses.asdict(rule)))) == rule
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind", "text"),
+    [
+        ("m_correction", "thrice", ValueError, "must be one of 'next', 'current', 'twice', 'none', got 'thrice'"),
+        ("v_correction", "twice", ValueError, "must be one of 'current', 'next', 'none', got 'twice'"),
+        ("power", 0, ValueError, "must be finite and positive, got 0"),
+        ("power", "half", TypeError, "must be a number"),
+        *((name, "no", TypeError, "must be True or False, got 'no'") for name in ("warmup", "keeps_product")),
+        *((name, 1, TypeError, "must be True or False, got 1") for name in ("look_ahead", "m_by_momentum", "eps_hat")),
+    ],
+)
+def test_a_rule_that_no_step_could_follow_is_refused_when_it_is_made(field, value, kind, text):
+    with pytest.raises(kind, match=f"{field} {re.escape(text)}"):
+        _rules.Rule(**{field: value})
+
+
+@pytest.mark.parametrize("rule", RULES + FURTHER_RULES)
+def test_coefficients_follow_from_the_product_of_the_same_step(rule):
+    """The two halves, as diagnostics use them: from the product in the state after the step, not the one before."""
+    variant, h = _rules.RULES[rule], _rules.Hyperparameters(0.9, 0.99, 1e-3, 0.0, 0.5)
+    previous = jnp.float32(1.0)
+    for t in range(1, 20):
+        previous, expected = _rules.scalars_of_step(variant, jnp.int32(t), previous, h)
+        got = _rules.coefficients_at(variant, jnp.float32(t), _rules.Factor.of(previous), h)
+        for x, y in zip(got, expected, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
 @pytest.mark.parametrize("rule", RULES + FURTHER_RULES)
@@ -79,8 +122,8 @@ def test_numbers_and_arrays_give_the_same_coefficients(rule):
     for t in (1, 7, 1000):
         args = _rules.RULES[rule], jnp.int32(t), jnp.float32(0.5)
         for got, expected in zip(
-            jax.tree.leaves(_rules.coefficients(*args, arrays)),
-            jax.tree.leaves(_rules.coefficients(*args, numbers)),
+            jax.tree.leaves(_rules.scalars_of_step(*args, arrays)),
+            jax.tree.leaves(_rules.scalars_of_step(*args, numbers)),
             strict=True,
         ):
             np.testing.assert_allclose(got, expected, rtol=3e-7)

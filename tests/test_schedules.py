@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import numpy as jnp
 
-from optax_nadam import Schedule
+from optax_nadam import ScheduleConfig
 
 pytestmark = pytest.mark.lenient("Optax's schedules mix dtypes")
 COUNTS = np.arange(0, 60)
@@ -76,15 +76,15 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_values_follow_the_formula(case):
     arguments, formula = CASES[case]
-    schedule = Schedule(case.split(",")[0], arguments).build()
+    schedule = ScheduleConfig(case.split(",")[0], arguments).build()
     got = [float(schedule(jnp.int32(t))) for t in COUNTS]
     np.testing.assert_allclose(got, [formula(int(t)) for t in COUNTS], rtol=1e-5, atol=2e-7)
 
 
 def test_unknown_schedules_and_arguments_are_rejected():
-    with pytest.raises(ValueError, match=r"schedule must be one of 'exponential_decay'.*got 'linear'"):
-        Schedule("linear", {})
+    with pytest.raises(ValueError, match=r"name of a schedule must be one of 'exponential_decay'.*got 'linear'"):
+        ScheduleConfig("linear", {})
     with pytest.raises(ValueError, match=r"schedule 'cosine_decay' got arguments that do not fit.*decay_steps"):
-        Schedule("cosine_decay", {"initial_learning_rate": 0.1})
+        ScheduleConfig("cosine_decay", {"initial_learning_rate": 0.1})
     with pytest.raises(ValueError, match=r"schedule 'cosine_decay'.*rate"):
-        Schedule("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10, "rate": 1.0})
+        ScheduleConfig("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10, "rate": 1.0})

@@ -71,10 +71,23 @@ def test_hyperparameters_that_are_not_scalars():
 
 @pytest.mark.parametrize("make", [nadam, nadamw])
 def test_learning_rates_that_are_none(make):
-    with raises(TypeError, "learning_rate must be a number, an array or a schedule, got '1e-3'"):
+    with raises(
+        TypeError,
+        "learning_rate must be a number, a scalar array, an optax.Schedule or an optax_nadam.ScheduleConfig",
+        "got '1e-3'",
+    ):
         make("1e-3")
     with raises(ValueError, "learning_rate must be finite, got nan"):
         make(float("nan"))
+
+
+@pytest.mark.parametrize("make", [nadam, nadamw, NadamConfig().build])
+def test_learning_rates_with_axes(make):
+    with raises(ValueError, "learning_rate must be a number or a scalar array, got an array of shape (1,)"):
+        make(jnp.ones(1))
+    tx, p = make(lambda count: jnp.ones(1)), jnp.float32(1.0)
+    with raises(ValueError, "what the learning rate schedule returns must be", "scalar array", "shape (1,)"):
+        tx.update(p, tx.init(p), p)
 
 
 def test_weight_decay_out_of_range():
@@ -153,13 +166,15 @@ def test_real_and_complex_do_not_mix(of_params, of_grads):
 
 
 def test_the_state_of_another_optimizer():
-    with raises(ValueError, "scale_by_nadam got a state", "another optimizer: ScaleByAdamState", "ScaleByNadamState"):
+    of_adam = "scale_by_nadam got the state of another optimizer: ScaleByAdamState in place of ScaleByNadamState"
+    with raises(ValueError, of_adam):
         scale_by_nadam().update(PARAMS, optax.scale_by_adam().init(PARAMS))
-    with raises(ValueError, "nadam got a state", "('ScaleByAdamState', 'EmptyState')", "ScaleByNadamState in front"):
+    with raises(ValueError, of_adam):
         nadam().update(PARAMS, optax.adam(1e-3).init(PARAMS))
-    with raises(ValueError, "nadamw got a state", "('ScaleByNadamState', 'EmptyState')", "3 states"):
-        nadamw().update(PARAMS, nadam().init(PARAMS), PARAMS)
-    with raises(ValueError, "nadam got a state", "dict"):
+    for make, name in ((nadamw, "nadamw"), (NadamConfig(weight_decay=0.1).build, "the optimizer of a NadamConfig")):
+        with raises(ValueError, f"{name} got the state", "['ScaleByNadamState', 'EmptyState'] in place of 3 states"):
+            make().update(PARAMS, nadam().init(PARAMS), PARAMS)
+    with raises(ValueError, "nadam got the state", "dict in place of 2 states"):
         nadam().update(PARAMS, {"count": 0})
 
 

@@ -1,1 +1,1 @@
-"""The step as it is compiled for TPU, which needs none; ``python run.py tpu`` starts the tests."""
+"""The step as it is compiled for TPU and GPU, which needs neither; ``python run.py aot`` starts the tests."""

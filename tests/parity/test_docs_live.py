@@ -6,7 +6,7 @@ import pytest
 
 os.environ["KERAS_BACKEND"] = "jax"
 
-from tests.test_docs import PAGES, run, sections
+from tests.project.test_docs import PAGES, run, sections
 
 PROGRAMS = [(page, program) for page in PAGES for program in sections(page)[1]]
 

@@ -11,7 +11,7 @@ from subprocess import PIPE
 import numpy as np
 import pytest
 
-EXAMPLE = str(Path(__file__).parent.parent / "examples" / "sharded_training.py")
+EXAMPLE = str(Path(__file__).parents[2] / "examples" / "sharded_training.py")
 STEPS, DEVICES, SECONDS = 100, 8, 240
 
 

@@ -16,7 +16,7 @@ from docs import plots
 from optax_nadam import compat
 from tests import reference
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
 MODULES = [
     optax_nadam,

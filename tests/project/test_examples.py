@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 as_users_do = pytest.mark.lenient("examples run with the promotion that users have")
 
 
@@ -140,5 +140,5 @@ def test_logging_moments_logs_what_the_run_does(run, tmp_path):
 def test_every_example_is_in_the_list_and_in_a_test():
     listed = re.findall(r"\]\((\w+)\.py\)", (EXAMPLES / "README.md").read_text())
     assert sorted(listed) == sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
-    tests = "".join(path.read_text() for path in Path(__file__).parent.rglob("test_*.py"))
+    tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
     assert [name for name in listed if not re.search(rf'"{name}(\.py)?"', tests)] == []

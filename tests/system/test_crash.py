@@ -18,8 +18,8 @@ import optax
 import pytest
 
 from optax_nadam import ScaleByNadamState
-from tests import resumable
-from tests.resumable import SAVE_EVERY, STEPS, Training
+from tests.system import resumable
+from tests.system.resumable import SAVE_EVERY, STEPS, Training
 
 # Imports take seconds; a fork of a process that has made them takes none. They do not start JAX's backend.
 PROCESSES = multiprocessing.get_context("forkserver")

@@ -8,7 +8,7 @@ import pytest
 
 from optax_nadam import NadamConfig, compat
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def to_params(weights):

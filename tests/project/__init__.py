@@ -1,0 +1,1 @@
+"""The project: docs, examples, benchmarks, versions."""

@@ -1,0 +1,1 @@
+"""The system: sharding, crashes, processes, long runs, other libraries around it."""

@@ -1,0 +1,244 @@
+"""The transformations that some variants need and Optax lacks."""
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+from jax import numpy as jnp
+
+from optax_nadam import NadamConfig, _wrappers, clip_by_global_norm, get_state, nadam, scale_by_nadam
+from tests.reference import Nadam
+
+DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def normal(rng, shape, dtype):
+    """Random numbers as NumPy float64 or complex128, representable in the dtype, and as an array of it."""
+    x = rng.normal(size=shape)
+    if np.dtype(jnp.dtype(dtype)).kind == "c":
+        x = x + 1j * rng.normal(size=shape)
+    narrow = jnp.asarray(x, dtype)
+    return np.asarray(narrow, np.result_type(x, np.float64)), narrow
+
+
+def unit(dtype):
+    return float(jnp.finfo(dtype).eps)
+
+
+@pytest.mark.x64
+@every_dtype
+def test_the_global_norm_is_right_in_every_dtype(rng, dtype):
+    wide, leaves = zip(*(normal(rng, shape, dtype) for shape in ((50,), (4, 3), ())), strict=True)
+    norm = np.sqrt(sum(np.sum(np.abs(x) ** 2) for x in wide))
+    for max_norm in (0.5 * norm, 2 * norm, jnp.float32(0.5 * norm)):
+        clipped, _ = clip_by_global_norm(max_norm).update(leaves, optax.EmptyState())
+        expected = [x * min(1, float(max_norm) / norm) for x in wide]
+        for got, x in zip(clipped, expected, strict=True):
+            chex.assert_type(got, dtype)
+            np.testing.assert_allclose(np.asarray(got, x.dtype), x, rtol=2 * unit(dtype))
+
+
+def test_the_global_norm_neither_overflows_nor_stands_still_in_narrow_dtypes():
+    tenth, _ = clip_by_global_norm(1.0).update(jnp.full(1000, 10.0, jnp.float16), optax.EmptyState())
+    np.testing.assert_allclose(tenth, 1000**-0.5, rtol=unit(jnp.float16))
+    many = 2000 * [jnp.ones(1, jnp.bfloat16)]
+    clipped, _ = jax.jit(lambda g: clip_by_global_norm(1.0).update(g, optax.EmptyState()))(many)
+    np.testing.assert_allclose(clipped[0], 2000**-0.5, rtol=unit(jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: NadamConfig(clip_global_norm=1.0).build(),
+        lambda: NadamConfig(clip_norm=1.0).build(),
+        lambda: optax.chain(clip_by_global_norm(1.0), nadam()),
+    ],
+    ids=["clip_global_norm", "clip_norm", "chain"],
+)
+def test_clipped_float16_gradients_reach_the_moments(make):
+    g = jnp.full(1000, 10.0, jnp.float16)
+    tx = make()
+    _, state = tx.update(g, tx.init(g))
+    np.testing.assert_allclose(get_state(state).m, 0.1 * 1000**-0.5, rtol=unit(jnp.float16))
+
+
+@pytest.mark.x64
+def test_one_float64_leaf_makes_the_norm_float64(rng):
+    leaves = {"double": jnp.asarray(rng.normal(size=9)), "single": jnp.asarray(rng.normal(size=9), jnp.float32)}
+    clipped, _ = clip_by_global_norm(1e-3).update(leaves, optax.EmptyState())
+    norm = np.sqrt(sum(np.sum(np.asarray(x, np.float64) ** 2) for x in leaves.values()))
+    np.testing.assert_allclose(clipped["double"], leaves["double"] * 1e-3 / norm, rtol=1e-15)
+
+
+def test_gradients_within_the_norm_are_not_changed_and_zeros_stay_zero(rng):
+    for g in (jnp.asarray(rng.normal(size=9), jnp.float32), jnp.zeros(3)):
+        chex.assert_trees_all_equal(clip_by_global_norm(100.0).update(g, optax.EmptyState())[0], g)
+    empty = {"none": None, "masked": optax.MaskedNode()}
+    assert clip_by_global_norm(1.0).update(empty, optax.EmptyState())[0] == empty
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), jnp.ones(1), "1.0"])
+def test_bad_norms(bad):
+    with pytest.raises((ValueError, TypeError), match="max_norm must be"):
+        clip_by_global_norm(bad)
+
+
+@pytest.mark.x64
+@pytest.mark.lenient("Optax splits complex leaves with mixed dtypes")
+@every_dtype
+@pytest.mark.parametrize("as_real", [False, True])
+def test_gradients_accumulate_in_no_narrower_dtype_than_float32_and_their_own(rng, dtype, as_real):
+    """Inside scan, where a state that changed its dtype would be refused."""
+    wide, grads = normal(rng, (6, 8), dtype)
+    tx = NadamConfig(learning_rate=0.1, accumulate_steps=3, complex_as_real=as_real).build()
+    state, u = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(grads[0]), grads)
+    chex.assert_type(u, dtype)
+    chex.assert_trees_all_equal(u[jnp.array([0, 1, 3, 4])], jnp.zeros((4, 8), dtype))
+    means = wide.reshape(2, 3, 8).mean(axis=1)
+    every_step = NadamConfig(learning_rate=0.1, complex_as_real=as_real).build()
+    _, expected = jax.lax.scan(
+        lambda s, g: every_step.update(g, s)[::-1], every_step.init(grads[0]), jnp.asarray(means, dtype)
+    )
+    # Where the sign of a rounded mean decides, its last bit is the step's: so it is compared by the moments as well.
+    np.testing.assert_allclose(np.asarray(u[2::3], wide.dtype), np.asarray(expected, wide.dtype), rtol=40 * unit(dtype))
+    real = jnp.float64 if jnp.finfo(dtype).bits == 64 else jnp.float32
+    accumulator = jnp.result_type(real, dtype) if jnp.iscomplexobj(grads) else real
+    assert {x.dtype for x in jax.tree.leaves(state.acc_grads)} == {jnp.dtype(accumulator)}
+
+
+def test_complex_gradients_accumulate_both_parts():
+    g = jnp.full(1, 0.3 + 0.4j, jnp.complex64)
+    steps = []
+    for k in (1, 2):
+        tx = NadamConfig(learning_rate=0.1, accumulate_steps=k).build()
+        state = tx.init(g)
+        for _ in range(k):
+            u, state = tx.update(g, state)
+        steps.append(u)
+    np.testing.assert_allclose(steps[0], -0.0634 - 0.0845j, atol=1e-4)
+    chex.assert_trees_all_close(*steps, rtol=1e-6)
+
+
+def test_an_accumulated_mean_in_bfloat16_does_not_stand_still():
+    """In bfloat16 the 256th gradient would no longer count."""
+    tx = NadamConfig(accumulate_steps=1000).build()
+    g = jnp.ones(2, jnp.bfloat16)
+    body = lambda _, s: tx.update(g, s)[1]  # noqa: E731
+    state = jax.lax.fori_loop(0, 500, lambda _, s: tx.update(0 * g, s)[1], tx.init(g))
+    state = jax.lax.fori_loop(0, 499, body, state)
+    np.testing.assert_allclose(state.acc_grads, 499 / 999, rtol=1e-5)
+
+
+def test_cautious_updates_are_those_of_timm():
+    # timm's NAdamW with cautious=True, lr=.01, no weight decay, in float32; off, its last row differs.
+    for caution, expected in ((True, (0.981, 0.9596053, 0.9215352)), (False, (0.97350717, 0.9606539, 0.95404685))):
+        config = NadamConfig(learning_rate=0.01, eps=1e-8, rule="simplified", cautious=caution)
+        tx, p = config.build(), jnp.ones(3)
+        state = tx.init(p)
+        for g in ((0.5, 0.5, 0.5), (-0.05, 0.5, 0.5), (-0.05, -0.05, 0.5)):
+            updates, state = tx.update(jnp.asarray(g), state, p)
+            p = optax.apply_updates(p, updates)
+        np.testing.assert_allclose(p, expected, atol=2e-7)
+
+
+def test_cautious_updates_may_all_be_zero():
+    tx = _wrappers.cautious(scale_by_nadam(rule="simplified"))
+    state = tx.init(jnp.ones(4))._replace(m=jnp.full(4, -1.0), v=jnp.ones(4), count=jnp.int32(5))
+    updates, _ = tx.update(jnp.full(4, 1e-3), state)
+    chex.assert_trees_all_equal(updates, jnp.zeros(4))
+
+
+def test_cautious_updates_are_zero_where_the_gradient_is():
+    tx = _wrappers.cautious(scale_by_nadam(rule="simplified"))
+    state = tx.init(jnp.ones(2))._replace(m=jnp.ones(2), v=jnp.ones(2), count=jnp.int32(5))
+    updates, _ = tx.update(jnp.asarray([0.0, 1.0]), state)
+    assert updates[0] == 0
+    assert updates[1] > 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_clipping_by_the_rms_of_the_gradient_over_the_root(rng, dtype):
+    config = NadamConfig(learning_rate=1.0, rule="simplified", clip_update_rms=0.5)
+    tx = config.build()
+    grads = [jnp.asarray(scale * rng.normal(size=50), dtype) for scale in (1.0, 0.1, 3.0)]
+    state = tx.init(grads[0])
+    plain, *_ = Nadam("simplified").updates(np.stack([np.asarray(g, np.float64) for g in grads]))
+    _, _, v = np.zeros(50), np.zeros(50), np.zeros(50)
+    for t, g in enumerate(grads, start=1):
+        updates, state = tx.update(g, state)
+        chex.assert_type(updates, dtype)
+        wide = np.asarray(g, np.float64)
+        v = 0.999 * v + 0.001 * wide**2
+        rms = np.sqrt(np.mean((wide / (np.sqrt(v / (1 - 0.999**t)) + 1e-7)) ** 2))
+        expected = -plain[t - 1] / max(1.0, rms / 0.5)
+        tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
+        np.testing.assert_allclose(np.asarray(updates, np.float64), expected, rtol=tolerance, atol=1e-6)
+    assert rms > 1
+
+
+def as_complex(x):
+    return jnp.asarray(x[..., 0] + 1j * x[..., 1], jnp.complex64)
+
+
+@pytest.mark.lenient("Optax splits complex leaves with mixed dtypes")
+@pytest.mark.parametrize("option", [{"cautious": True}, {"clip_update_rms": 0.5}])
+def test_a_complex_leaf_as_two_real_ones_is_masked_and_clipped_as_one_leaf(rng, option):
+    """As ``torch.view_as_real`` has it: one leaf with a last axis of two."""
+    parts = jnp.asarray(rng.normal(size=(10, 6, 2)), jnp.float32) * jnp.linspace(0.1, 2.0, 10)[:, None, None]
+    real = NadamConfig(rule="simplified", **option).build()
+    split = NadamConfig(rule="simplified", complex_as_real=True, **option).build()
+    _, expected = jax.lax.scan(lambda s, g: real.update(g, s)[::-1], real.init(parts[0]), parts)
+    grads = as_complex(parts)
+    _, got = jax.lax.scan(lambda s, g: split.update(g, s)[::-1], split.init(grads[0]), grads)
+    np.testing.assert_allclose(got, as_complex(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"cautious": True}, {"clip_update_rms": 0.5}])
+def test_masks_and_clips_of_complex_leaves_turn_with_them(rng, option):
+    """Nadam's step turns with the gradients, and so does what is done to it: a quarter turn or any other."""
+    g = jnp.asarray(rng.normal(size=(10, 6)) + 1j * rng.normal(size=(10, 6)), jnp.complex64)
+    tx = NadamConfig(rule="simplified", **option).build()
+    turn = jnp.exp(jnp.complex64(0.7j))
+    (_, u), (_, turned) = (jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(x[0]), x) for x in (g, g * turn))
+    np.testing.assert_allclose(turned, u * turn, rtol=1e-4, atol=1e-8)
+
+
+def test_clipping_by_the_rms_takes_the_absolute_value():
+    steps = []
+    for g in (0.5, 0.5j):
+        tx = NadamConfig(learning_rate=1.0, rule="simplified", clip_update_rms=0.1).build()
+        steps.append(tx.update(jnp.full(1, g, jnp.complex64), tx.init(jnp.ones(1, jnp.complex64)))[0])
+    np.testing.assert_allclose(steps[1], 1j * steps[0], rtol=1e-6)
+    np.testing.assert_allclose(steps[0], -0.19, rtol=1e-5)
+
+
+def test_rows_without_gradient_stay_while_their_moments_decay():
+    tx = _wrappers.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "dense": False})
+    params = {"table": jnp.ones((3, 2)), "dense": jnp.ones((3, 2))}
+    state = tx.init(params)
+    first = {name: jnp.asarray([[1.0, 2.0], [0.5, 1.0], [0.0, 0.0]]) for name in params}
+    second = {name: jnp.asarray([[0.0, 0.0], [0.5, 0.0], [0.0, 0.0]]) for name in params}
+    _, state = tx.update(first, state)
+    updates, after = tx.update(second, state)
+    plain, plain_after = scale_by_nadam().update(second, state)
+    chex.assert_trees_all_equal(after, plain_after)
+    chex.assert_trees_all_equal(updates["dense"], plain["dense"])
+    chex.assert_trees_all_equal(updates["table"][1:], plain["table"][1:])
+    chex.assert_trees_all_equal(updates["table"][0], jnp.zeros(2))
+    assert jnp.all(plain["table"][0] != 0)
+
+
+def test_rows_are_chosen_by_a_function_too():
+    def mask(params):
+        return jax.tree.map(lambda p: p.ndim == 2, params)
+
+    params = {"table": jnp.ones((3, 2)), "bias": jnp.ones(2)}
+    chosen = _wrappers.keep_rows_without_gradient(scale_by_nadam(), mask)
+    fixed = _wrappers.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "bias": False})
+    state = chosen.init(params)._replace(m=params, v=params)
+    grads = {"table": jnp.asarray([[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]]), "bias": jnp.zeros(2)}
+    updates, _ = chosen.update(grads, state)
+    chex.assert_trees_all_equal(updates, fixed.update(grads, state)[0])
+    assert jnp.all(updates["bias"] != 0)
