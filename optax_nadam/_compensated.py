@@ -17,6 +17,10 @@ from optax_nadam._state import the_node
 _FLOAT16 = (
     "{leaf} has dtype float16; compensated stores what rounding to bfloat16 drops. Cast it to bfloat16 or float32."
 )
+_WIDENED = (
+    " If an update has changed their dtype: apply updates with optax.apply_updates, which leaves it as it is;"
+    " equinox.apply_updates does not."
+)
 _MISFIT = (
     "{leaf} is {got}, but this state of compensated was made for a leaf that is {expected}. Pass the params that go"
     " with the state, or call init again."
@@ -178,7 +182,8 @@ def _check_params(params: Any, remainder: Any) -> None:
         if got != expected:
             wanted = f"bfloat16 of shape {r.shape}" if expected else "not bfloat16"
             leaf = validation.place("params", params, index)
-            raise ValueError(_MISFIT.format(leaf=leaf, got=f"{p.dtype} of shape {p.shape}", expected=wanted))
+            text = _MISFIT.format(leaf=leaf, got=f"{p.dtype} of shape {p.shape}", expected=wanted)
+            raise ValueError(text + (_WIDENED if expected and p.shape == r.shape else ""))
 
 
 def _is_bfloat16(leaf: Any) -> bool:

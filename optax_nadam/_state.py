@@ -186,18 +186,19 @@ def put_state(opt_state: Any, *, count: int, mu_product: float, m: Any, v: Any) 
     for name, moments, like in (("m", m, old.m), ("v", v, old.v)):
         validation.check_like_moments(name, moments, like)
     new = old._replace(
-        m=_encoded(m, old.m, RandomBits.for_m(_as_int32(count))),
-        v=_encoded(v, old.v, RandomBits.for_v(_as_int32(count))),
+        m=_encoded(m, old.m, RandomBits.for_m(_largest_int32(count))),
+        v=_encoded(v, old.v, RandomBits.for_v(_largest_int32(count))),
     )
     return put_count(map_nodes(lambda _: new, opt_state, ScaleByNadamState), count=count, mu_product=mu_product)
 
 
 def _encoded(moments: Any, like: Any, bits: RandomBits) -> Any:
-    """Arrays of any dtype as moments in the format of others."""
+    """Arrays of any dtype as moments in the format of others, each where the other is."""
 
     def encode_copy(x: Any, like: Moment) -> Moment:
         # A copy: jnp.asarray may continue to use the memory of an array that its framework updates in place.
-        return encode(jnp.array(x, complex_like(compute_dtype(like), like)), like, bits)
+        encoded = encode(jnp.array(x, complex_like(compute_dtype(like), like)), like, bits)
+        return jax.tree.map(_placed, encoded, like)
 
     return jax.tree.map(encode_copy, moments, like)
 
@@ -215,15 +216,30 @@ def put_count(opt_state: Any, *, count: int, mu_product: float) -> Any:
     """
     get_state(opt_state)
 
+    def replaced(node: Any, **numbers: float) -> Any:
+        return node._replace(**{name: _scalar_like(x, getattr(node, name)) for name, x in numbers.items()})
+
     def set_counter(node: Any) -> Any:
-        return node._replace(**{_COUNTERS[type(node)]: _as_int32(count)})
+        return replaced(node, **{_COUNTERS[type(node)]: _largest_int32(count)})
 
     def set_nadam(state: ScaleByNadamState) -> ScaleByNadamState:
-        return state._replace(count=_as_int32(count), mu_product=jnp.array(mu_product, state.mu_product.dtype))
+        return replaced(state, count=_largest_int32(count), mu_product=mu_product)
 
     return map_nodes(set_nadam, map_nodes(set_counter, opt_state, tuple(_COUNTERS)), ScaleByNadamState)
 
 
-def _as_int32(count: int) -> jax.Array:
-    """A count as Optax has it, which stops at the largest int32."""
-    return jnp.array(min(count, jnp.iinfo(jnp.int32).max), jnp.int32)
+def _largest_int32(count: int) -> int:
+    """A count, which stops at the largest int32 as it does in Optax."""
+    return min(count, jnp.iinfo(jnp.int32).max)
+
+
+def _scalar_like(number: float, like: jax.Array) -> jax.Array:
+    """A number as an array of its own, of the dtype of another and where that is."""
+    return _placed(jnp.array(number, like.dtype), like)
+
+
+def _placed(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The array with the sharding and the memory kind of another, as far as the user or JAX has chosen them."""
+    if isinstance(like, jax.core.Tracer) or not getattr(like, "committed", False):
+        return x
+    return jax.device_put(x, like.sharding)

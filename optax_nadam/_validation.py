@@ -22,6 +22,10 @@ _NOT_A_NUMBER = (
     " optax.inject_hyperparams."
 )
 _NOT_AN_ARRAY = "{leaf} is {value!r}; a leaf must be an array, or None to leave it out."
+_NOT_A_STATE_ARRAY = (
+    "{name} got a state in which {leaf} is {value!r}, a Python number; states hold arrays. Make it one with"
+    " jax.tree.map(jnp.asarray, state), or restore checkpoints into the state that init makes."
+)
 _NOT_INEXACT = (
     "{leaf} has dtype {dtype}; Nadam updates floating-point and complex leaves only. Leave it out with"
     " optax.masked or optax.partition, or filter it (equinox.filter, flax.nnx.Param)."
@@ -134,9 +138,12 @@ def check_leaves(name: str, tree: Any) -> None:
 
 
 def check_state(name: str, state: Any, expected: type) -> None:
-    """Rejects the state of another optimizer."""
+    """Rejects the state of another optimizer, and one with Python numbers in place of arrays."""
     if not isinstance(state, expected):
         raise wrong_state(name, type(state).__name__, expected.__name__)
+    for index, leaf in enumerate(jax.tree.leaves(state)):
+        if not hasattr(leaf, "dtype"):
+            raise TypeError(_NOT_A_STATE_ARRAY.format(name=name, leaf=place("state", state, index), value=leaf))
 
 
 def wrong_state(name: str, got: str, expected: str) -> ValueError:

@@ -37,7 +37,7 @@ class Checkpoint(NamedTuple):
     """
 
     source: str
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     product: float | None
     m: Any
     v: Any

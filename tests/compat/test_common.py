@@ -14,7 +14,7 @@ from optax_nadam import NadamConfig, compat, convert_moments, scale_by_nadam
 def test_a_torch_config_becomes_one_of_keras():
     group = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "momentum_decay": 0.004}
     config = compat.torch.config_from({**group, "decoupled_weight_decay": False, "differentiable": False})
-    theirs = compat.keras.config_to(config, "legacy")
+    theirs = compat.keras.config_to(config, dialect="legacy")
     assert theirs["schedule_decay"] == 0.004
     assert theirs["learning_rate"] == 0.01
     back = compat.keras.config_from(theirs)
@@ -51,10 +51,13 @@ WAYS = {
         lambda state, source: compat.timm.load_state(state, source, as_tree),
     ),
     "keras": (
-        lambda state: compat.keras.dump_state(state, as_list),
+        lambda state: compat.keras.dump_state(state, as_list, config=NadamConfig(momentum_decay=1.0)),
         lambda state, source: compat.keras.load_state(state, source, as_tree),
     ),
-    "keras weights": (compat.keras.get_weights, compat.keras.set_weights),
+    "keras weights": (
+        lambda state: compat.keras.get_weights(state, as_list),
+        lambda state, source: compat.keras.set_weights(state, source, as_tree),
+    ),
     "optax": (compat.optax.dump_state, compat.optax.load_state),
 }
 

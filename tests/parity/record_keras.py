@@ -21,7 +21,7 @@ from jax import numpy as jnp
 from tests.parity.problem import problem
 
 HERE = pathlib.Path(__file__).parent.parent / "compat" / "recordings"
-KEPT = [0, 1, 2, 9, 29, 59]
+STEPS = [0, 1, 2, 9, 29, 59]
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "keras": {
         "defaults": {},
@@ -63,7 +63,7 @@ def record():
             trajectory, state = run(dialect, optimizer)
             configs[f"{dialect}/{case}"] = {"config": config, "serialized": package.optimizers.serialize(optimizer)}
             arrays |= {
-                f"{dialect}/{case}/{name}": np.stack([p[name] for p in trajectory])[KEPT] for name in trajectory[0]
+                f"{dialect}/{case}/{name}": np.stack([p[name] for p in trajectory])[STEPS] for name in trajectory[0]
             }
             if case == "defaults":
                 arrays |= {f"{dialect}/state/{i}": x for i, x in enumerate(state)}
@@ -73,7 +73,7 @@ def record():
     configs["keras/loss scaled"] = {"config": scaled.get_config(), "serialized": keras.optimizers.serialize(scaled)}
     versions = {x.__name__: x.__version__ for x in (keras, tf_keras, tensorflow, jax, np)}
     np.savez_compressed(HERE / "keras.npz", **arrays)
-    recorded = {"versions": versions, "kept": KEPT, "arguments": CASES, "configs": configs}
+    recorded = {"versions": versions, "steps": STEPS, "arguments": CASES, "configs": configs}
     (HERE / "keras.json").write_text(json.dumps(recorded, indent=1, default=float) + "\n")
 
 

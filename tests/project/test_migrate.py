@@ -42,7 +42,7 @@ def test_the_lines_run_and_do_it(rows):
         if "iterations`" in there:
             assert names["iterations"] == 2
         if "set_weights" in there:
-            again = names["compat"].keras.get_weights(names["state"])
+            again = names["compat"].keras.get_weights(names["state"], names["from_params"])
             assert len(again) == 2 + 2 * 2
             assert all(np.array_equal(a, b) for a, b in zip(again, names["weights"], strict=True))
         if "from_config" in there:
