@@ -29,7 +29,7 @@ toc_object_entries_show_parents = "hide"
 
 nitpicky = True
 # The documentation of other packages cannot be looked up without a network.
-_NOT_HERE = r"(jax|np|numpy|optax)\..*|(.*\.)?(Any|ArrayLike|Callable|DTypeLike|Mapping|Rule|Sequence)"
+_NOT_HERE = r"(jax|np|numpy|optax)\..*|(.*\.)?(Any|ArrayLike|Callable|DTypeLike|Mapping|RuleName|Sequence)"
 nitpick_ignore_regex = [("py:.*", _NOT_HERE)]
 
 plot_formats = [("svg", 72)]

@@ -1,4 +1,4 @@
-"""What the examples share: arguments, the digits, a network and its training in JAX, what they print and draw."""
+"""What the examples share: arguments, the digits, a network and its training in JAX, printing and drawing."""
 
 import argparse
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Batch = tuple[np.ndarray, np.ndarray]
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers a bad argument with one line."""
+    """A parser that reports a bad argument in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Ends the program."""
@@ -50,7 +50,7 @@ def arguments(description: str | None, steps: int, out: str | None = None) -> ar
     parser.add_argument("--steps", type=positive, default=steps, help="training steps")
     parser.add_argument("--seed", type=natural, default=0, help="of the weights and the batches")
     if out:
-        parser.add_argument("--out", type=png, default=Path(out), help="where to put the picture")
+        parser.add_argument("--out", type=png, default=Path(out), help="file of the picture")
     return parser.parse_args()
 
 
@@ -74,7 +74,7 @@ def initial_params(seed: int) -> dict[str, Any]:
 
 
 def cross_entropy(logits: jax.Array, labels: ArrayLike) -> jax.Array:
-    """The mean over a batch."""
+    """The mean cross-entropy of a batch."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
@@ -86,7 +86,7 @@ def loss_of(params: dict[str, Any], images: jax.Array, labels: jax.Array) -> jax
 
 
 def make_step(tx: optax.GradientTransformation, loss_of: Callable[..., jax.Array] = loss_of) -> Callable[..., Any]:
-    """A training step: params, optimizer state and a batch to params, optimizer state and loss."""
+    """A training step: from params, optimizer state and a batch to new params, new state and loss."""
 
     @jax.jit
     def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any, jax.Array]:
@@ -98,7 +98,7 @@ def make_step(tx: optax.GradientTransformation, loss_of: Callable[..., jax.Array
 
 
 def train(step: Callable[..., Any], params: Any, state: Any, batches: list[Batch]) -> tuple[Any, Any, list[float]]:
-    """The params and the optimizer state after all batches, and the loss at each."""
+    """The params and the optimizer state after all batches, and the loss of each batch."""
     losses = []
     for images, labels in batches:
         params, state, loss = step(params, state, images, labels)
@@ -107,29 +107,27 @@ def train(step: Callable[..., Any], params: Any, state: Any, batches: list[Batch
 
 
 def train_in_jax(params: Any, tx: Any, state: Any, batches: list[Batch]) -> list[float]:
-    """The loss at each batch."""
+    """The loss of each batch."""
     return train(make_step(tx), params, state, batches)[-1]
 
 
 def report(losses: list[float]) -> None:
-    """Prints where the loss began and ended."""
+    """Prints the first and the last loss."""
     print(f"loss: {losses[0]:.4f} at first, {losses[-1]:.4f} after {len(losses)} steps")
 
 
 def draw_continuations(framework: str, before: list[float], there: list[float], here: list[float], path: Path) -> None:
-    """Draws the common part and both continuations, and prints how far apart they are."""
+    """Draws the common part and both continuations, and prints how much they differ."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(before, color="0.6", label=f"{framework}, before the checkpoint")
     steps = np.arange(len(before), len(before) + len(there))
-    axes.plot(steps, there, lw=4, alpha=0.4, label=f"{framework}, going on")
-    axes.plot(steps, here, lw=1.2, label="JAX, going on from the checkpoint")
+    axes.plot(steps, there, lw=4, alpha=0.4, label=f"{framework}, continued")
+    axes.plot(steps, here, lw=1.2, label="JAX, continued from the checkpoint")
     axes.set(yscale="log", xlabel="step", ylabel="training loss", title="Digits: one run, two frameworks")
     axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     print(f"loss at the end: {framework} {there[-1]:.6f}, JAX {here[-1]:.6f}")
-    print(
-        f"largest relative difference on the way: {max(abs(a / b - 1) for a, b in zip(here, there, strict=True)):.1e}"
-    )
+    print(f"largest relative difference: {max(abs(a / b - 1) for a, b in zip(here, there, strict=True)):.1e}")
     print(f"both curves in {path}")

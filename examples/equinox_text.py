@@ -1,4 +1,4 @@
-"""Equinox: a model that foretells the next character of the help texts that come with Python."""
+"""Equinox: a model that predicts the next character of the help texts that come with Python."""
 
 from pydoc_data.topics import topics
 from typing import Any
@@ -16,7 +16,7 @@ CHARACTERS = sorted(set(TEXT))
 
 
 class Model(eqx.Module):
-    """Embeds a window of characters and looks at it as a whole."""
+    """Embeds a window of characters and maps it to the next one."""
 
     embedding: eqx.nn.Embedding
     mlp: eqx.nn.MLP
@@ -33,7 +33,7 @@ class Model(eqx.Module):
 
 
 def main() -> list[float]:
-    """Trains on windows from all over the text."""
+    """Trains on random windows of the text."""
     chosen, losses = arguments(__doc__, steps=300), []
     model, tx = Model(jax.random.key(chosen.seed)), optax_nadam.nadamw(3e-3)
     state = tx.init(eqx.filter(model, eqx.is_inexact_array))  # a module also holds functions: they have no moments

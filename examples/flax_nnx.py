@@ -12,7 +12,7 @@ import optax_nadam
 
 @nnx.jit
 def step(model: nnx.Sequential, optimizer: Any, images: ArrayLike, labels: ArrayLike) -> jax.Array:
-    """Moves the model and returns the loss."""
+    """Updates the model and returns the loss."""
     loss, grads = nnx.value_and_grad(lambda model: cross_entropy(model(images), labels))(model)
     optimizer.update(model, grads)
     return loss

@@ -38,16 +38,16 @@ def keras_model(seed: int, steps: int) -> Any:
 
 
 def train_in_keras(model: Any, batches: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
-    """The loss at each batch."""
+    """The loss of each batch."""
     return [float(model.train_on_batch(images, labels)) for images, labels in batches]
 
 
 def main() -> None:
-    """Trains there, moves here, continues in both."""
+    """Trains there, loads the checkpoint here, continues in both."""
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=positive, default=300, help="steps before the checkpoint, and as many after it")
     parser.add_argument("--seed", type=natural, default=0, help="of the weights and the batches")
-    parser.add_argument("--out", type=png, default=Path("out/from_keras.png"), help="where to put the picture")
+    parser.add_argument("--out", type=png, default=Path("out/from_keras.png"), help="file of the picture")
     arguments = parser.parse_args()
 
     batches = digits_in_batches(2 * arguments.steps, arguments.seed)

@@ -1,7 +1,7 @@
-"""Go on in JAX with a PyTorch run: same weights, same optimizer state, same curve.
+"""Continue a PyTorch run in JAX: same weights, same optimizer state, same curve.
 
 A small network is trained on scikit-learn's digits with torch.optim.NAdam, saved with torch.save, and loaded into JAX
-with optax_nadam.compat.torch. Then both go on from there, and both curves are drawn into one picture.
+with optax_nadam.compat.torch. Then both continue from there, and both curves are drawn into one picture.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class TorchRun:
         self.optimizer = torch.optim.NAdam(self.model.named_parameters(), **HYPERPARAMETERS)
 
     def train(self, batches: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
-        """The loss at each batch."""
+        """The loss of each batch."""
         losses = []
         for images, labels in batches:
             self.optimizer.zero_grad()
@@ -49,11 +49,11 @@ class TorchRun:
 
 
 def main() -> None:
-    """Trains there, moves here, goes on in both."""
+    """Trains there, loads the checkpoint here, continues in both."""
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=positive, default=300, help="steps before the checkpoint, and as many after it")
     parser.add_argument("--seed", type=natural, default=0, help="of the weights and the batches")
-    parser.add_argument("--out", type=png, default=Path("out/from_torch.png"), help="where to put the picture")
+    parser.add_argument("--out", type=png, default=Path("out/from_torch.png"), help="file of the picture")
     arguments = parser.parse_args()
 
     batches = digits_in_batches(2 * arguments.steps, arguments.seed)

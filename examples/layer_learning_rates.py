@@ -7,22 +7,21 @@ from jax import numpy as jnp
 
 import optax_nadam
 
-RATES = {"hidden": 3e-4, "last": 3e-3}
+LEARNING_RATES = {"hidden": 3e-4, "last": 3e-3}
 
 
 def main() -> tuple[dict[str, float], list[float]]:
-    """Trains; the largest move of a weight of each layer in the first step, and the losses."""
+    """Trains; returns the largest change of a weight of each layer in the first step, and the losses."""
     chosen = arguments(__doc__, steps=300)
     batches, params = digits_in_batches(chosen.steps, chosen.seed), initial_params(chosen.seed)
-    tx = optax.partition(
-        {layer: optax_nadam.nadam(rate) for layer, rate in RATES.items()}, {layer: layer for layer in params}
-    )
+    optimizers = {layer: optax_nadam.nadam(learning_rate) for layer, learning_rate in LEARNING_RATES.items()}
+    tx = optax.partition(optimizers, {layer: layer for layer in params})
     step = make_step(tx)
     first, _, _ = step(params, tx.init(params), *batches[0])
     moves = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old)), first, params)
-    largest = {layer: float(optax.tree.max(moves[layer])) for layer in RATES}
+    largest = {layer: float(optax.tree.max(moves[layer])) for layer in LEARNING_RATES}
     for layer, move in largest.items():
-        print(f"{layer}: learning rate {RATES[layer]:g}, the first step moves a weight by up to {move:.6f}")
+        print(f"{layer}: learning rate {LEARNING_RATES[layer]:g}, the first step moves a weight by up to {move:.6f}")
 
     _, _, losses = train(step, params, tx.init(params), batches)
     report(losses)

@@ -1,4 +1,4 @@
-"""Logging what Nadam does: momentum, moments and the length of a step, in numbers for any logger and in a picture."""
+"""Logging momentum, moments and the length of a step, as scalars for any logger and in a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ PANELS = {
 
 
 def draw(log: dict[str, np.ndarray], path: Path) -> None:
-    """A panel for each kind of number."""
+    """A panel for each kind of scalar."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     for axes, (title, names) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
         for name in names:
@@ -35,7 +35,7 @@ def draw(log: dict[str, np.ndarray], path: Path) -> None:
 
 
 def main() -> dict[str, np.ndarray]:
-    """Trains on the digits; each number over the steps."""
+    """Trains on the digits; returns each scalar over the steps."""
     chosen = arguments(__doc__, steps=300, out="out/moments.png")
     config = optax_nadam.NadamConfig(learning_rate=3e-3)
     tx, params = config.build(), initial_params(chosen.seed)
@@ -44,7 +44,7 @@ def main() -> dict[str, np.ndarray]:
     def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any, dict[str, jax.Array]]:
         loss, grads = jax.value_and_grad(loss_of)(params, images, labels)
         updates, state = tx.update(grads, state, params)
-        layers = optax.tree.get(state, "m")  # whatever else is wanted of the state
+        layers = optax.tree.get(state, "m")  # any other part of the state can be logged too
         norms = {f"m_norm/{name}": optax.tree.norm(layer) for name, layer in layers.items()}
         shown = {"loss": loss} | norms | optax_nadam.diagnostics.scalars(state, config, grads)
         return optax.apply_updates(params, updates), state, shown
@@ -57,7 +57,7 @@ def main() -> dict[str, np.ndarray]:
     draw(log, chosen.out)
     report(list(log["loss"]))
     print(", ".join(f"{name} {values[-1]:.4f}" for name, values in log.items()))
-    print(f"all of the run in {chosen.out}")
+    print(f"the whole run in {chosen.out}")
     return log
 
 

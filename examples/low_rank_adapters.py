@@ -1,6 +1,6 @@
-"""Low-rank adapters (LoRA): Nadam moves the adapters, the weights beneath them keep every bit and have no moments.
+"""Low-rank adapters (LoRA): Nadam trains the adapters; the base weights do not change and have no moments.
 
-A network that has learned the digits meets them again in a mirror.
+A network that was trained on the digits is adapted to mirrored digits.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ RANK = 4
 
 
 def new_adapters(params: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Two thin factors for each kernel, whose product is zero at first."""
+    """Two low-rank factors for each kernel, whose product is zero at first."""
     rng = np.random.default_rng(seed)
 
     def factors(kernel: jax.Array) -> dict[str, jax.Array]:
@@ -38,7 +38,7 @@ def adapted_loss(tree: dict[str, Any], images: jax.Array, labels: jax.Array) -> 
 
 
 def main() -> tuple[Any, Any, list[float]]:
-    """Trains the network, then its adapters; all weights before and after the latter, and the losses."""
+    """Trains the network, then its adapters; returns all weights before and after the latter, and the losses."""
     chosen = arguments(__doc__, steps=300)
     batches, tx = digits_in_batches(chosen.steps, chosen.seed), optax_nadam.nadamw(1e-2)
     base = initial_params(chosen.seed)

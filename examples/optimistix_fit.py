@@ -1,4 +1,4 @@
-"""Optimistix: Nadam as the minimiser of a fit, on scikit-learn's diabetes data, beside the exact answer."""
+"""Optimistix: Nadam as the minimiser of a fit, on scikit-learn's diabetes data, compared with the exact solution."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ import optax_nadam
 
 
 def mean_squared_error(weights: jax.Array, data: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Of a linear model."""
+    """The mean squared error of a linear model."""
     x, y = data
     return jnp.mean((x @ weights - y) ** 2)
 
 
 def main() -> tuple[float, float, float]:
-    """Fits ten weights: the error at zero, at the end, and of least squares."""
+    """Fits ten weights; returns the error at zero, at the end, and of least squares."""
     steps = arguments(__doc__, steps=1000).steps
     x, y = load_diabetes(return_X_y=True)
     data = jnp.asarray(x / x.std(axis=0)), jnp.asarray((y - y.mean()) / y.std())

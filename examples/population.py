@@ -1,7 +1,7 @@
 """Population-based training: vmap over networks and their hyperparameters, in one compiled step.
 
-Each member has its own learning rate and momentum. Now and then the worst quarter takes the weights, the moments and
-the hyperparameters of the best quarter, and changes the latter a little.
+Each member has its own learning rate and momentum. After each round the worst quarter copies the weights, the moments
+and the hyperparameters of the best quarter, and perturbs its learning rates.
 """
 
 from typing import Any
@@ -18,14 +18,14 @@ MEMBERS, ROUNDS = 8, 5
 
 
 def survivors(scores: np.ndarray) -> np.ndarray:
-    """Whose place in the population each member takes: its own, or that of one of the best."""
+    """Which member each member continues from: itself, or one of the best."""
     quarter, order, source = MEMBERS // 4, np.argsort(scores), np.arange(MEMBERS)
     source[order[-quarter:]] = order[:quarter]
     return source
 
 
 def main() -> tuple[list[float], np.ndarray]:
-    """Trains; the best loss after each round, and the learning rates at the end."""
+    """Trains; returns the best loss after each round, and the final learning rates."""
     chosen = arguments(__doc__, steps=300)
     rng = np.random.default_rng(chosen.seed)
     batches = digits_in_batches(chosen.steps, chosen.seed)

@@ -1,13 +1,13 @@
-"""A network on the handwritten digits, trained over all devices there are, with the moments split among them.
+"""A network on the handwritten digits, trained on all devices, with the moments split over them.
 
     python examples/sharded_training.py                                  on the devices of this machine
     JAX_NUM_CPU_DEVICES=8 python examples/sharded_training.py            on eight virtual ones
     python examples/sharded_training.py --coordinator HOST:PORT --processes 2 --process 0      as one of two processes
 
-Three layouts, one code: what differs is which trees are split over the mesh and which lie on every device.
+Three layouts with the same code: they differ in which trees are split over the mesh and which are on every device.
 
     replicated   params and moments on every device: plain data parallelism
-    zero1        params on every device, each device keeps and computes its share of the moments
+    zero1        params on every device; each device stores and computes its part of the moments
     fsdp         params split as well, and gathered where the network needs them
 """
 
@@ -28,7 +28,7 @@ LAYOUTS = {"replicated": (False, False), "zero1": (False, True), "fsdp": (True, 
 
 
 def shardings(tree: Any, mesh: Mesh, split: bool) -> Any:
-    """Each leaf split over its first axis that the devices divide, or on every device."""
+    """Each leaf split over its first axis that can be divided by the number of devices, or on every device."""
 
     def of(leaf: Any) -> NamedSharding:
         axis = next((i for i, size in enumerate(leaf.shape) if split and size % mesh.size == 0), None)
@@ -38,7 +38,7 @@ def shardings(tree: Any, mesh: Mesh, split: bool) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Arrays that every process has in full, as arrays over all devices."""
+    """Arrays that every process has whole, as arrays over all devices."""
     return jax.tree.map(
         lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree, shardings
     )
@@ -52,11 +52,11 @@ def train(layout: str, steps: int, seed: int) -> tuple[dict[str, Any], Any, list
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax_nadam.nadamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-3),
-        # Of a share of the moments comes a share of the update; this brings it to where the params are.
+        # Split moments give split updates; this gathers them like the params.
         optax.stateless(lambda updates, _: jax.lax.with_sharding_constraint(updates, of_params)),
     )
     params = place(weights, of_params)
-    opt_state = jax.jit(tx.init)(place(weights, of_moments))  # the moments lie as the params given to init do
+    opt_state = jax.jit(tx.init)(place(weights, of_moments))  # the moments are sharded like the params given to init
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, opt_state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any, jax.Array]:
@@ -74,12 +74,12 @@ def train(layout: str, steps: int, seed: int) -> tuple[dict[str, Any], Any, list
 
 
 def bytes_on_one_device(tree: Any) -> int:
-    """Bytes of a tree that lie on the first device of this process."""
+    """Bytes of a tree on the first device of this process."""
     return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
 def gathered(tree: Any) -> Any:
-    """The whole of every leaf on every device; all processes must call it."""
+    """Every leaf whole on every device; all processes must call it."""
     mesh = jax.tree.leaves(tree)[-1].sharding.mesh
     return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(tree)
 

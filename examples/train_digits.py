@@ -1,8 +1,7 @@
-"""A small convolutional network on scikit-learn's handwritten digits, trained with Nadam beside its kin.
+"""A small convolutional network on scikit-learn's handwritten digits, trained with Nadam and with Adam.
 
-It trains with optax_nadam.nadam, prints the accuracy on the digits held out, then trains with optax.adam and
-optax.nadam, all at the same learning rate over several seeds, and draws the loss curves. Under two minutes on two
-CPU cores.
+It trains with optax_nadam.nadam, optax.nadam and optax.adam, all at the same learning rate over several seeds, prints
+the accuracy on held-out digits and draws the loss curves. Under two minutes on two CPU cores.
 """
 
 import argparse
@@ -91,7 +90,7 @@ def load_data() -> dict[str, Any]:
 
 
 def draw(losses: dict[str, np.ndarray], path: Path) -> None:
-    """Median loss over the seeds, smoothed, with the range of the seeds shaded."""
+    """Draws the median loss over the seeds, smoothed, with the range of the seeds shaded."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, runs in losses.items():
@@ -114,7 +113,7 @@ def main() -> None:
     parser.add_argument("--steps", type=positive, default=600, help="training steps of each run")
     parser.add_argument("--seed", type=natural, default=0, help="first seed")
     parser.add_argument("--seeds", type=positive, default=5, help="number of seeds")
-    parser.add_argument("--out", type=png, default=Path("out/digits.png"), help="where to put the picture")
+    parser.add_argument("--out", type=png, default=Path("out/digits.png"), help="file of the picture")
     arguments = parser.parse_args()
 
     data, started = load_data(), time.perf_counter()
