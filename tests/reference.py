@@ -5,10 +5,11 @@ with the package.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-RULES = ("scheduled", "constant", "simplified", "dozat2016")
+RULES: tuple[Any, ...] = ("scheduled", "constant", "simplified", "dozat2016")
 FURTHER_RULES = ("adam", "torch1", "loss_scaled", "eps_hat", "undebiased", "flux")
 CONSTANT_MOMENTUM = ("constant", "simplified", "adam", "eps_hat", "undebiased", "flux")
 

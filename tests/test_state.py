@@ -147,7 +147,6 @@ def test_nodes_are_replaced_inside_one_another_and_all_else_is_the_same():
 
     replaced = map_nodes(note, state, (ScaleByNadamState, optax.MultiStepsState))
     assert seen == ["ScaleByNadamState", "MultiStepsState"]
-    assert jax.tree.structure(replaced) == jax.tree.structure(state)
     chex.assert_trees_all_equal(replaced, state)
 
 

@@ -1,7 +1,7 @@
 """Nadam beside, behind and inside everything of Optax that keeps a state: the table is listed from Optax itself."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -21,7 +21,7 @@ SCHEDULE = optax.linear_schedule(0.1, 0.0, 100)
 COUNT = 100_000
 
 
-def listed() -> dict[str, Callable[..., Any]]:
+def listed() -> Mapping[str, Callable[..., Any]]:
     """Every function of Optax that returns a gradient transformation, by its name."""
     found = {}
     for module in (optax, optax.contrib):
@@ -82,7 +82,7 @@ ARGUMENTS: dict[str, Any] = {
 
 
 NO_SCHEDULE = ("optimistic_adam", "rprop", "scale_by_rprop", "sm3")
-OTHERS: dict[str, dict[str, Any]] = dict.fromkeys(NO_SCHEDULE, {"learning_rate": 0.1})
+OTHERS: dict[str, dict[str, Any]] = {name: {"learning_rate": 0.1} for name in NO_SCHEDULE}
 
 # Some that are listed are deprecated, and dpsgd of Optax 0.2.8 does not pass its key on.
 quiet = pytest.mark.filterwarnings("ignore:Specifying a key will be required", "ignore:.* is deprecated")
@@ -112,7 +112,7 @@ def assert_loading_changes_nadam_and_schedules_and_nothing_else(tx, params, ours
     """Loads into a fresh state and compares it leaf by leaf."""
     fresh = tx.init(params)
     loaded = compat.optax.load_state(fresh, source(ours), config=CONFIG)
-    assert jax.tree.structure(loaded) == jax.tree.structure(fresh)
+    chex.assert_trees_all_equal_structs(loaded, fresh)
     chex.assert_trees_all_equal_shapes_and_dtypes(loaded, fresh)
     nadam = get_state(loaded)
     assert nadam.count == COUNT
