@@ -134,7 +134,7 @@ RuleName = Literal[
 
 _SIMPLIFIED = Rule(warmup=False, m_correction="current")
 
-RULES: dict[RuleName, Rule] = {
+RULES: dict[str, Rule] = {
     "scheduled": Rule(),
     "constant": Rule(warmup=False),
     "simplified": _SIMPLIFIED,

@@ -16,7 +16,7 @@ assert optax_nadam.__version__ == metadata.version("optax_nadam")
 
 params = {"w": jnp.ones((3, 2)), "b": jnp.zeros(2)}
 grads = jax.tree.map(jnp.ones_like, params)
-for rule in RULES:
+for rule in RULES.values():
     tx = optax_nadam.nadamw(1e-2, rule=rule, weight_decay=0.0)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     moved = optax.apply_updates(params, updates)
