@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax import lax
+from jax import export, lax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
@@ -27,6 +27,7 @@ _MISFIT = (
 )
 
 
+@functools.partial(export.register_namedtuple_serialization, serialized_name="optax_nadam.CompensatedState")
 class CompensatedState(NamedTuple):
     """State of :func:`compensated`. The field names are the format on disk and do not change.
 
@@ -107,6 +108,7 @@ def compensated(
         updates: optax.Updates, state: CompensatedState, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, CompensatedState]:
         validation.check_state("compensated", state, CompensatedState)
+        validation.check_arrays("compensated", (state.count, state.remainder))
         _check_params(params, state.remainder)
         validation.check_structure("gradients", updates, params)
         validation.check_shapes("gradients", updates, params)

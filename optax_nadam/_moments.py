@@ -6,6 +6,7 @@ A moment is an array of its own dtype, or a :class:`Quantized`: a byte for each 
 from typing import Any
 
 import jax
+import numpy as np
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
@@ -22,10 +23,18 @@ _NOT_A_FORMAT = (
 )
 
 
+_INJECTED = (
+    "{name} is an array, {value!r}. optax.inject_hyperparams takes whatever can be called for a schedule, and"
+    ' jnp.bfloat16 can be called: write "bfloat16", or static_args=({name!r},).'
+)
+
+
 def parse_format(name: str, value: DTypeLike | None) -> jnp.dtype | None:
     """The dtype that a moment is stored in, or None for the one it is computed in."""
     if value is None:
         return None
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        raise TypeError(_INJECTED.format(name=name, value=value))
     try:
         dtype = jnp.dtype(value)
     except TypeError:

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import abs_squared, complex_like, compute_dtype
 from optax_nadam._moments import Moment, average, parse_format, zero_m, zero_v
-from optax_nadam._quantized import is_quantized
+from optax_nadam._quantized import as_quantized, is_quantized
 from optax_nadam._rounding import RandomBits
 from optax_nadam._rules import (
     Coefficients,
@@ -28,7 +28,7 @@ from optax_nadam._rules import (
     scalars_of_step,
 )
 from optax_nadam._schedules import ScheduleConfig, parse_learning_rate
-from optax_nadam._state import ScaleByNadamState
+from optax_nadam._state import ScaleByNadamState, in_form_of
 from optax_nadam._wrappers import chain
 
 
@@ -148,16 +148,19 @@ def scale_by_nadam(
     ) -> tuple[optax.Updates, ScaleByNadamState]:
         del extra_args
         validation.check_state("scale_by_nadam", state, ScaleByNadamState)
-        validation.check_like_moments("gradients", updates, state.m)
+        validation.check_arrays("scale_by_nadam", state)
+        m, v = (in_form_of(updates, as_quantized(moments), is_quantized) for moments in (state.m, state.v))
+        validation.check_like_moments("gradients", updates, m)
         if params is not None:
-            validation.check_like_moments("params", params, state.m)
+            validation.check_like_moments("params", params, m)
         with jax.named_scope("nadam"):
             count = optax.safe_increment(state.count)
             mu_product, c = scalars_of_step(variant, count, state.mu_product, h)
-            leaves = zip(*(jax.tree.leaves(tree, is_quantized) for tree in (updates, state.m, state.v)), strict=True)
+            leaves = zip(*(jax.tree.leaves(tree, is_quantized) for tree in (updates, m, v)), strict=True)
             stepped = [_update_leaf(g, m, v, c, count, variant.power) for g, m, v in leaves]
         u, m, v = _unzip(jax.tree.structure(updates), stepped)
-        return u, ScaleByNadamState(count, mu_product.astype(state.mu_product.dtype), m, v)
+        product = mu_product.astype(state.mu_product.dtype)
+        return u, ScaleByNadamState(count, product, in_form_of(state.m, m), in_form_of(state.v, v))
 
     return optax.GradientTransformationExtraArgs(init, update)
 

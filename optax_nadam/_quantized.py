@@ -1,11 +1,12 @@
 """The 8-bit format of a moment: codes on a curve, and a scale for each row."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax import lax
+from jax import export, lax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
@@ -31,6 +32,7 @@ _CURVES = {
 }
 
 
+@functools.partial(export.register_namedtuple_serialization, serialized_name="optax_nadam.Quantized")
 class Quantized(NamedTuple):
     r"""A moment of one byte an element: :math:`x_i = \operatorname{sign}(k_i)\, (|k_i| / K)^p\, s_{row(i)}`.
 
@@ -65,8 +67,21 @@ class Quantized(NamedTuple):
 
 
 def is_quantized(node: Any) -> bool:
-    """Whether a node of a tree of moments stands for a leaf."""
-    return isinstance(node, Quantized)
+    """Whether a node of a tree of moments stands for a leaf: a :class:`Quantized`, or what Flax nnx makes of one.
+
+    nnx makes mappings of the NamedTuples in its variables. One of codes and scales is told by the dtype of the codes,
+    since a layer may have params of these names.
+    """
+    return isinstance(node, Quantized) or (
+        isinstance(node, Mapping)
+        and set(node) == set(Quantized._fields)
+        and getattr(node["codes"], "dtype", None) in _CURVES
+    )
+
+
+def as_quantized(moments: Any) -> Any:
+    """The moments with :class:`Quantized` for what Flax nnx has made of it."""
+    return jax.tree.map(lambda x: Quantized(**x) if isinstance(x, Mapping) else x, moments, is_leaf=is_quantized)
 
 
 def zero_quantized(param: Any, codes_dtype: DTypeLike) -> Quantized:

@@ -1,22 +1,25 @@
 """Nadam's state, the one search through an optimizer state, and what is done to a state between steps."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import optax
+from jax import export
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import complex_like, compute_dtype
 from optax_nadam._moments import Moment, decode, encode, parse_format, zero_m, zero_v
-from optax_nadam._quantized import Quantized, is_quantized
+from optax_nadam._quantized import Quantized, as_quantized, is_quantized
 from optax_nadam._rounding import RandomBits
 
 _Node = TypeVar("_Node")
 
 
+@functools.partial(export.register_namedtuple_serialization, serialized_name="optax_nadam.ScaleByNadamState")
 class ScaleByNadamState(NamedTuple):
     r"""State of Nadam. The field names are the format on disk and do not change.
 
@@ -85,6 +88,25 @@ def _children(node: Any) -> list[Any]:
     return jax.tree.leaves(node, is_leaf=lambda child: child is not node)
 
 
+def in_form_of(like: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """A tree with fields where another has keys of the same names, or the reverse; any other tree as it is.
+
+    Flax nnx keeps names but not containers: a NamedTuple in a variable comes back as a mapping, its fields sorted.
+    """
+    form: Any = jax.tree.structure(like, is_leaf)
+    if jax.tree.structure(tree, is_leaf) == form:
+        return tree
+    found, wanted = _by_name(tree, is_leaf), _by_name(like, is_leaf)
+    renamed = found.keys() == wanted.keys() and any(found[name][0] != wanted[name][0] for name in wanted)
+    return jax.tree.unflatten(form, [found[name][1] for name in wanted]) if renamed else tree
+
+
+def _by_name(tree: Any, is_leaf: Callable[[Any], bool] | None) -> dict[tuple[str, ...], tuple[Any, Any]]:
+    """Path and leaf by the names on the way, whether these are fields or keys."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
+    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): (path, leaf) for path, leaf in leaves}
+
+
 def get_state(opt_state: Any) -> ScaleByNadamState:
     """The one Nadam state in an optimizer state, at any depth of chains and wrappers.
 
@@ -92,7 +114,7 @@ def get_state(opt_state: Any) -> ScaleByNadamState:
       opt_state: what ``init`` or ``update`` of an optimizer returned.
 
     Returns:
-      The state itself, no copy.
+      The state, its arrays not copied.
 
     Raises:
       ValueError: there is none, or more than one.
@@ -104,7 +126,9 @@ def get_state(opt_state: Any) -> ScaleByNadamState:
       >>> optax_nadam.get_state(tx.init(jnp.ones(2)))._fields
       ('count', 'mu_product', 'm', 'v')
     """
-    return the_node("opt_state", opt_state, ScaleByNadamState)
+    state = the_node("opt_state", opt_state, ScaleByNadamState)
+    validation.check_arrays("opt_state", state)
+    return state._replace(m=as_quantized(state.m), v=as_quantized(state.v))
 
 
 def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DTypeLike | None) -> Any:
@@ -139,7 +163,8 @@ def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DType
     if not any(nodes_of(opt_state, ScaleByNadamState)):
         raise ValueError("opt_state must hold a ScaleByNadamState, but holds none.")
 
-    def convert(state: ScaleByNadamState) -> ScaleByNadamState:
+    def convert(node: ScaleByNadamState) -> ScaleByNadamState:
+        state = get_state(node)
         return state._replace(
             m=_converted(state.m, lambda x: zero_m(x, m_format), RandomBits.for_m(state.count)),
             v=_converted(state.v, lambda x: zero_v(x, v_format), RandomBits.for_v(state.count)),

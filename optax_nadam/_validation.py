@@ -21,10 +21,15 @@ _NOT_A_NUMBER = (
     "{name} must be a number or a scalar array, got {value!r}. To schedule it, wrap the optimizer in"
     " optax.inject_hyperparams."
 )
+_NARROW = (
+    "{name} has dtype {dtype}, in which 0.999 is 1. Pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams, or"
+    " an array of float32."
+)
+_NOT_STATIC = "{name} must be a number, got {value!r}. Under optax.inject_hyperparams, name it in static_args."
 _NOT_AN_ARRAY = "{leaf} is {value!r}; a leaf must be an array, or None to leave it out."
 _NOT_A_STATE_ARRAY = (
-    "{name} got a state in which {leaf} is {value!r}, a Python number; states hold arrays. Make it one with"
-    " jax.tree.map(jnp.asarray, state), or restore checkpoints into the state that init makes."
+    "{name} got a state in which {leaf} is {value!r}, where it has an array. Make arrays of what comes from JSON or"
+    " MessagePack: jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), state, tx.init(params))."
 )
 _NOT_INEXACT = (
     "{leaf} has dtype {dtype}; Nadam updates floating-point and complex leaves only. Leave it out with"
@@ -69,8 +74,10 @@ def check_scalar(name: str, value: Any) -> None:
 
 
 def check_decay(name: str, value: Any) -> None:
-    """Rejects a Python number outside [0, 1)."""
+    """Rejects a Python number outside [0, 1), and an array in which such numbers are 1."""
     check_number(name, value)
+    if not is_number(value) and jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
+        raise TypeError(_NARROW.format(name=name, dtype=value.dtype))
     if is_number(value) and not 0 <= value < 1:
         raise ValueError(f"{name} must be in [0, 1), got {value!r}.")
 
@@ -107,6 +114,12 @@ def parse_count(name: str, value: Any) -> int:
     return count
 
 
+def check_static(name: str, value: Any) -> None:
+    """Rejects an array where only a Python number can be used."""
+    if not is_number(value):
+        raise TypeError(_NOT_STATIC.format(name=name, value=value))
+
+
 def check_bool(name: str, value: Any) -> None:
     """Rejects what is not a Python boolean."""
     if not isinstance(value, bool):
@@ -138,9 +151,13 @@ def check_leaves(name: str, tree: Any) -> None:
 
 
 def check_state(name: str, state: Any, expected: type) -> None:
-    """Rejects the state of another optimizer, and one with Python numbers in place of arrays."""
+    """Rejects the state of another optimizer."""
     if not isinstance(state, expected):
         raise wrong_state(name, type(state).__name__, expected.__name__)
+
+
+def check_arrays(name: str, state: Any) -> None:
+    """Rejects a state with Python numbers in place of arrays."""
     for index, leaf in enumerate(jax.tree.leaves(state)):
         if not hasattr(leaf, "dtype"):
             raise TypeError(_NOT_A_STATE_ARRAY.format(name=name, leaf=place("state", state, index), value=leaf))
@@ -210,4 +227,9 @@ def _only_in(names: Collection[str], others: Collection[str]) -> list[str]:
 def _both(first: str, firsts: list[str], second: str, seconds: list[str]) -> str:
     """``first a, b; second c``, leaving out what is empty."""
     named = ((first, firsts), (second, seconds))
-    return "; ".join(f"{word} {', '.join(names)}" for word, names in named if names)
+    return "; ".join(f"{word} {_listed(names)}" for word, names in named if names)
+
+
+def _listed(names: list[str]) -> str:
+    """Names in words, not more than ten of them."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

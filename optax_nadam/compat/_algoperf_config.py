@@ -18,6 +18,7 @@ _DEFAULTS = {"eps": 1e-8, "weight_decay": 0.0, "debias": True, "power": 0.5}
 def fields(debias: Any, power: Any) -> dict[str, Any]:
     """The fields of the config that these two arguments choose."""
     validation.check_bool("debias", debias)
+    validation.check_static("power", power)
     rule = "simplified" if debias else "undebiased"
     return {"rule": rule if power == 0.5 else dataclasses.replace(RULES[rule], power=power)}
 
