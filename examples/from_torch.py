@@ -1,7 +1,7 @@
-"""Go on in JAX with a PyTorch run: same weights, same optimizer state, same curve.
+"""Continue a PyTorch run in JAX: same weights, same optimizer state, same curve.
 
 A small network is trained on scikit-learn's digits with torch.optim.NAdam, saved with torch.save, and loaded into JAX
-with optax_nadam.compat.torch. Then both go on from there, and both curves are drawn into one picture.
+with optax_nadam.compat.torch. Then both continue from there, and both curves are drawn into one picture.
 """
 
 import argparse
@@ -49,7 +49,7 @@ class TorchRun:
 
 
 def main() -> None:
-    """Trains there, moves here, goes on in both."""
+    """Trains there, moves here, continues in both."""
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--steps", type=positive, default=300, help="steps before the checkpoint, and as many after it")
     parser.add_argument("--seed", type=natural, default=0, help="of the weights and the batches")

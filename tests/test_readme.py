@@ -19,7 +19,7 @@ def a_checkpoint():
     """What torch.load gives after 3 steps of a linear layer."""
     config = NadamConfig(eps=1e-8)
     state = compat.torch.nadam().init({"kernel": np.ones((2, 3), np.float32)})
-    optimizer = compat.torch.dump_state(state, lambda params: {"weight": params["kernel"].T}, config)
+    optimizer = compat.torch.dump_state(state, lambda params: {"weight": params["kernel"].T}, config=config)
     return {"model": {"weight": np.ones((3, 2), np.float32)}, "optimizer": optimizer}
 
 

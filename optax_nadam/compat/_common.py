@@ -37,7 +37,7 @@ class Checkpoint(NamedTuple):
     """
 
     source: str
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, as in every Optax state
     product: float | None
     m: Any
     v: Any
@@ -89,7 +89,11 @@ def build(
     """
     if isinstance(learning_rate, numbers.Real | ScheduleConfig):
         return config_of(names, {"learning_rate": learning_rate, **fields}).build()
-    return config_of(names, fields).build(learning_rate)
+    config = config_of(names, fields)
+    try:
+        return config.build(learning_rate)
+    except (ValueError, TypeError) as error:
+        raise _in_their_words(error, names) from None
 
 
 def config_of(names: Mapping[str, str], fields: Mapping[str, Any]) -> NadamConfig:
@@ -97,11 +101,15 @@ def config_of(names: Mapping[str, str], fields: Mapping[str, Any]) -> NadamConfi
     try:
         return NadamConfig(**fields)
     except (ValueError, TypeError) as error:
-        name, _, text = str(error).partition(" ")
-        theirs = names.get(name, name)
-        if isinstance(fields.get(name), jax.Array):
-            text += f" Under optax.inject_hyperparams, name it in static_args=({theirs!r}, ...)."
-        raise type(error)(f"{theirs} {text}") from None
+        name = str(error).partition(" ")[0]
+        hint = f" Under optax.inject_hyperparams, name it in static_args=({names.get(name, name)!r}, ...)."
+        raise _in_their_words(error, names, hint if isinstance(fields.get(name), jax.Array) else "") from None
+
+
+def _in_their_words(error: Exception, names: Mapping[str, str], hint: str = "") -> Exception:
+    """An error whose text begins with a name of ours, with the framework's name in its place."""
+    name, _, text = str(error).partition(" ")
+    return type(error)(f"{names.get(name, name)} {text}{hint}")
 
 
 def check_keys(what: str, got: Iterable[str], known: Collection[str], required: Iterable[str] = ()) -> None:

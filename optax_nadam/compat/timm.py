@@ -11,31 +11,20 @@ import optax
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._rules import RULES, is_number
-from optax_nadam.compat import _torch_state as torch_state
-from optax_nadam.compat._common import rebuilt_product, rule_of, unsupported
+from optax_nadam._schedules import ScheduleConfig
+from optax_nadam.compat import _timm_config as configs
+from optax_nadam.compat import _torch_state as states
+from optax_nadam.compat._common import build
+from optax_nadam.compat._torch_config import parse_lr
 
-_NADAMW = torch_state.Layout("timm.optim.NAdamW", product=None)
-_LEGACY = torch_state.Layout("timm.optim.NAdamLegacy", product="m_schedule", plain=True)
-_NUMBERS = ("lr", "betas", "eps", "weight_decay")
-_CHOICES = ("caution", "corrected_weight_decay", "maximize", "max_lr_snapshot", "clipping_threshold")
-_EXECUTION = {"foreach": None, "capturable": False}
-_LEGACY_FIELDS = (
-    "learning_rate",
-    "b1",
-    "b2",
-    "eps",
-    "momentum_decay",
-    "rule",
-    "weight_decay",
-    "coupled_weight_decay",
-    "complex_as_real",
-)
-_NADAMW_FIELDS = (*_LEGACY_FIELDS, "max_learning_rate", "clip_update_rms", "caution", "maximize")
+__all__ = ["config_from", "config_to", "dump_state", "load_state", "nadamlegacy", "nadamw"]
+
+_NADAMW = states.Layout(configs.NADAMW, product=None)
+_LEGACY = states.Layout(configs.LEGACY, product="m_schedule", python_numbers=True)
 
 
 def nadamw(
-    lr: optax.ScalarOrSchedule = 1e-3,
+    lr: optax.ScalarOrSchedule | ScheduleConfig = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
@@ -74,7 +63,7 @@ def nadamw(
 
     Raises:
       ValueError: a number out of range, or ``corrected_weight_decay`` beside a schedule without ``max_lr_snapshot``.
-      TypeError: no number where one is due.
+      TypeError: a value that is no number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -89,30 +78,19 @@ def nadamw(
     Source: ``timm/optim/nadamw.py`` of timm 1.0.31; Choi et al., `On Empirical Comparisons of Optimizers for Deep
     Learning <https://arxiv.org/abs/1910.05446>`_, 2019, table 1.
     """
-    if is_number(lr):
-        validation.check_not_negative("lr", lr)
+    del foreach, capturable
     if corrected_weight_decay and max_lr_snapshot is None:
-        if not is_number(lr):
+        if not validation.is_number(lr):
             raise ValueError(f"max_lr_snapshot must be the largest lr where lr is no number, got lr={lr!r}.")
         max_lr_snapshot = lr
-    group = {
-        "lr": 0.0,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "caution": caution,
-        "corrected_weight_decay": corrected_weight_decay,
-        "max_lr_snapshot": max_lr_snapshot,
-        "maximize": maximize,
-        "foreach": foreach,
-        "capturable": capturable,
-        "clipping_threshold": clipping_threshold,
-    }
-    return config_from(group).build(lr)
+    fields = configs.fields(
+        betas, eps, weight_decay, caution, corrected_weight_decay, maximize, clipping_threshold, max_lr_snapshot
+    )
+    return build(parse_lr(lr), configs.NAMES, fields)
 
 
 def nadamlegacy(
-    lr: optax.ScalarOrSchedule = 2e-3,
+    lr: optax.ScalarOrSchedule | ScheduleConfig = 2e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0,
@@ -136,7 +114,7 @@ def nadamlegacy(
 
     Raises:
       ValueError: a number out of range.
-      TypeError: no number where one is due.
+      TypeError: a value that is no number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -150,20 +128,18 @@ def nadamlegacy(
 
     Source: ``timm/optim/nadam.py`` of timm 1.0.31.
     """
-    if is_number(lr):
-        validation.check_not_negative("lr", lr)
-    group = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay, "schedule_decay": schedule_decay}
-    return config_from(group).build(lr)
+    fields = configs.legacy_fields(betas, eps, weight_decay, schedule_decay)
+    return build(parse_lr(lr), configs.LEGACY_NAMES, fields)
 
 
-def config_from(group: Mapping[str, Any]) -> NadamConfig:
+def config_from(config: Mapping[str, Any]) -> NadamConfig:
     """The hyperparameters of a parameter group of ``NAdamW``, or of ``NAdamLegacy`` where it has ``schedule_decay``.
 
     The learning rate is the group's as it is now; what a scheduler noted in the group, such as ``initial_lr`` and
     ``lr_scale``, is not read. Groups of older releases, which lack some keys of NAdamW, are read as timm reads them.
 
     Args:
-      group: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
+      config: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
 
     Returns:
       The config. It builds what :func:`nadamw` or :func:`nadamlegacy` builds.
@@ -171,7 +147,7 @@ def config_from(group: Mapping[str, Any]) -> NadamConfig:
     Raises:
       ValueError: a key is missing or unknown, or a number is out of range. An older release with
         ``corrected_weight_decay`` wrote no ``max_lr_snapshot``: add it, the ``lr`` that the optimizer was made with.
-      TypeError: no number where one is due.
+      TypeError: a value that is no number.
 
     Examples:
       >>> from optax_nadam.compat import timm as timm_names
@@ -179,53 +155,12 @@ def config_from(group: Mapping[str, Any]) -> NadamConfig:
       ...          "corrected_weight_decay": False, "max_lr_snapshot": 0.001, "foreach": None, "maximize": False,
       ...          "capturable": False, "clipping_threshold": None, "params": [0, 1]}
       >>> config = timm_names.config_from(group)
-      >>> config.rule, config.weight_decay, config.caution, config.max_learning_rate
+      >>> config.rule, config.weight_decay, config.cautious, config.weight_decay_peak_learning_rate
       ('simplified', 0.01, True, None)
 
     Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    return _legacy_config(group) if "schedule_decay" in group else _nadamw_config(group)
-
-
-def _legacy_config(group: Mapping[str, Any]) -> NadamConfig:
-    known = (*_NUMBERS, "schedule_decay")
-    torch_state.check_group(f"{_LEGACY.optimizer} group", group, known, known)
-    values = torch_state.not_negative(group, "lr", "eps", "weight_decay", "schedule_decay")
-    b1, b2 = torch_state.pair("betas", group["betas"])
-    return NadamConfig(
-        learning_rate=values["lr"],
-        b1=b1,
-        b2=b2,
-        eps=values["eps"],
-        momentum_decay=values["schedule_decay"],
-        weight_decay=values["weight_decay"],
-        coupled_weight_decay=True,
-    )
-
-
-def _nadamw_config(group: Mapping[str, Any]) -> NadamConfig:
-    what = f"{_NADAMW.optimizer} group"
-    # Other optimizers of timm have groups with the numbers alone.
-    required = (*_NUMBERS, "maximize", "capturable")
-    torch_state.check_group(what, group, required, (*_NUMBERS, *_CHOICES, *_EXECUTION))
-    values = torch_state.not_negative(group, "lr", "eps", "weight_decay")
-    b1, b2 = torch_state.pair("betas", group["betas"])
-    corrected = group.get("corrected_weight_decay", False)
-    if corrected:
-        torch_state.check_group(f"{what} with corrected_weight_decay", group, ("max_lr_snapshot",), group)
-    return NadamConfig(
-        learning_rate=values["lr"],
-        b1=b1,
-        b2=b2,
-        eps=values["eps"],
-        rule="simplified",
-        weight_decay=values["weight_decay"],
-        max_learning_rate=torch_state.positive("max_lr_snapshot", group["max_lr_snapshot"]) if corrected else None,
-        clip_update_rms=torch_state.positive("clipping_threshold", group.get("clipping_threshold")),
-        caution=group.get("caution", False),
-        maximize=group.get("maximize", False),
-        complex_as_real=True,
-    )
+    return configs.config_from(config)
 
 
 def config_to(config: NadamConfig) -> dict[str, Any]:
@@ -242,7 +177,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
       The group's keys but ``params``.
 
     Raises:
-      ValueError: a field is set that the optimizer cannot follow, or the rule is another; named in the text.
+      ValueError: the config has something that the optimizer cannot express; named in the text.
 
     Examples:
       >>> import optax_nadam
@@ -254,50 +189,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
 
     Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    if rule_of(config) == RULES["simplified"]:
-        return _nadamw_group(config)
-    if rule_of(config) == RULES["scheduled"]:
-        return _legacy_group(config)
-    advice = f"{_NADAMW.optimizer} follows 'simplified', {_LEGACY.optimizer} 'scheduled'."
-    raise unsupported("NadamConfig", "rule", config.rule, advice)
-
-
-def _nadamw_group(config: NadamConfig) -> dict[str, Any]:
-    torch_state.check_fields(config, _NADAMW.optimizer, _NADAMW_FIELDS)
-    _check_decay(config, _NADAMW, coupled=False)
-    corrected = config.max_learning_rate is not None
-    return {
-        "lr": config.learning_rate,
-        "betas": (config.b1, config.b2),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-        "caution": config.caution,
-        "corrected_weight_decay": corrected,
-        "max_lr_snapshot": config.max_learning_rate if corrected else config.learning_rate,
-        "maximize": config.maximize,
-        **_EXECUTION,
-        "clipping_threshold": config.clip_update_rms,
-    }
-
-
-def _legacy_group(config: NadamConfig) -> dict[str, Any]:
-    torch_state.check_fields(config, _LEGACY.optimizer, _LEGACY_FIELDS)
-    _check_decay(config, _LEGACY, coupled=True)
-    return {
-        "lr": config.learning_rate,
-        "betas": (config.b1, config.b2),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-        "schedule_decay": config.momentum_decay,
-    }
-
-
-def _check_decay(config: NadamConfig, layout: torch_state.Layout, coupled: bool) -> None:
-    """Rejects weight decay of the other kind."""
-    if config.weight_decay and config.coupled_weight_decay != coupled:
-        way = "to the gradient only" if coupled else "apart from the gradient only"
-        advice = f"{layout.optimizer} applies weight decay {way}."
-        raise unsupported("NadamConfig", "coupled_weight_decay", config.coupled_weight_decay, advice)
+    return configs.config_to(config)
 
 
 def load_state(
@@ -305,11 +197,12 @@ def load_state(
     source: Mapping[str, Any],
     to_params: Callable[[Any], Any],
     *,
+    config: NadamConfig | None = None,
     names: Sequence[str] | None = None,
     weights: Mapping[str, Any] | Sequence[Any] | None = None,
     mismatch: str = "raise",
 ) -> Any:
-    """Goes on where timm's ``NAdamW`` or ``NAdamLegacy`` stopped: the next step is the one it would have taken next.
+    """The optimizer state that continues where timm's ``NAdamW`` or ``NAdamLegacy`` stopped: the next step is theirs.
 
     Hyperparameters are not read: build the optimizer with :func:`config_from` or a constructor first. Which of the two
     wrote the checkpoint is seen by its groups' keys. Where groups have Nadams of their own (``optax.partition``),
@@ -321,13 +214,15 @@ def load_state(
       to_params: the function that turns the model's weights, NumPy arrays by name as in its ``state_dict()``, into
         the params tree, transposes and all. The moments have the shapes of the weights and go the same way. Where
         parameters have no names, it gets a list in the optimizer's order.
+      config: the hyperparameters of the optimizer that continues, from which a product of the momenta that ``source``
+        does not store is computed; None for those of the checkpoint's own groups.
       names: names of the parameters in the optimizer's order, group after group. None takes those of the groups.
       weights: the model's weights as ``to_params`` takes them, whose shapes are read for what has no moments yet.
-      mismatch: ``"raise"``, or ``"largest"`` to go on from the largest step, where parameters have taken different
+      mismatch: ``"raise"``, or ``"largest"`` to continue from the largest step, where parameters have taken different
         numbers of steps.
 
     Returns:
-      A new state. Arrays are copied. The product of the momenta, which NAdamW neither keeps nor needs, is
+      A new state. Arrays are copied. The product of the momenta, which NAdamW neither stores nor needs, is
       that of its step.
 
     Raises:
@@ -352,36 +247,38 @@ def load_state(
 
     Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    groups = torch_state.groups_of(source, _NADAMW)
-    layout = _layout_of(groups)
-    return torch_state.load_state(
+    groups = states.groups_of(source, configs.NADAMW)
+    return states.load_state(
         opt_state,
         source,
         to_params,
-        layout=layout,
+        layout=_layout_of(groups),
+        checkpoint_config=lambda: configs.config_from(groups[0]),
+        config=config,
         names=names,
         weights=weights,
         mismatch=mismatch,
-        product_after=None if layout.product else lambda count: rebuilt_product(count, config_from(groups[0])),
     )
 
 
 def dump_state(
     opt_state: Any,
     from_params: Callable[[Any], Any],
-    param_groups: NadamConfig | Sequence[Mapping[str, Any]],
     *,
+    config: NadamConfig | None = None,
+    param_groups: Sequence[Mapping[str, Any]] | None = None,
     as_tensor: Callable[[np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
-    """The checkpoint from which timm's ``NAdamW`` or ``NAdamLegacy`` goes on, the inverse of :func:`load_state`.
+    """The checkpoint from which timm's ``NAdamW`` or ``NAdamLegacy`` continues, the inverse of :func:`load_state`.
 
     Args:
       opt_state: a state that holds one Nadam, which treats complex leaves as two real ones.
       from_params: the inverse of ``to_params``: turns the params tree into NumPy arrays by name, or into a list of
         them, **in the order of the optimizer's parameters**. torch goes by order alone.
-      param_groups: a config, for one group of all parameters; or the groups that are wanted, best those of the
-        optimizer that is to go on, ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``,
-        arrays by name are put in their order. A group with ``schedule_decay``, or a config with the rule
+      config: the hyperparameters, for one group of all parameters.
+      param_groups: in place of ``config``, the groups that are wanted, best those of the optimizer that continues,
+        ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``, arrays by name are put in their
+        order. A group with ``schedule_decay``, or a config with the rule
         ``scheduled``, is NAdamLegacy's.
       as_tensor: what makes a tensor of an array, ``torch.from_numpy``. torch's ``load_state_dict`` needs tensors;
         None leaves NumPy arrays.
@@ -400,16 +297,16 @@ def dump_state(
       >>> state = timm_names.nadamlegacy().init({"kernel": jnp.zeros((3, 2))})
       >>> config = timm_names.config_from({"lr": 0.002, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0,
       ...                                  "schedule_decay": 0.004})
-      >>> dumped = timm_names.dump_state(state, lambda params: [params["kernel"].T], config)
+      >>> dumped = timm_names.dump_state(state, lambda params: [params["kernel"].T], config=config)
       >>> dumped["state"][0]["m_schedule"], dumped["state"][0]["exp_avg"].shape
       (1.0, (2, 3))
 
     Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    groups = [config_to(param_groups)] if isinstance(param_groups, NadamConfig) else param_groups
-    return torch_state.dump_state(opt_state, from_params, groups, layout=_layout_of(groups), as_tensor=as_tensor)
+    groups = states.groups_to_dump(config, param_groups, configs.config_to)
+    return states.dump_state(opt_state, from_params, groups, layout=_layout_of(groups), as_tensor=as_tensor)
 
 
-def _layout_of(groups: Sequence[Mapping[str, Any]]) -> torch_state.Layout:
-    """What the optimizer of these groups keeps."""
-    return _LEGACY if any("schedule_decay" in group for group in groups) else _NADAMW
+def _layout_of(groups: Sequence[Mapping[str, Any]]) -> states.Layout:
+    """What the optimizer of these groups stores."""
+    return _LEGACY if any(map(configs.is_legacy, groups)) else _NADAMW

@@ -9,33 +9,19 @@ from typing import Any
 import numpy as np
 import optax
 
-from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._rules import RULES, is_number
-from optax_nadam.compat import _torch_state as torch_state
-from optax_nadam.compat._common import rule_of, unsupported
+from optax_nadam._schedules import ScheduleConfig
+from optax_nadam.compat import _torch_config as configs
+from optax_nadam.compat import _torch_state as states
+from optax_nadam.compat._common import build
 
-_NAME = "torch.optim.NAdam"
-_LAYOUT = torch_state.Layout(_NAME, product="mu_product")
-_NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum_decay")
-_CHOICES = ("decoupled_weight_decay", "maximize")
-_EXECUTION = {"foreach": None, "capturable": False, "differentiable": False}
-_FIELDS = (
-    "learning_rate",
-    "b1",
-    "b2",
-    "eps",
-    "momentum_decay",
-    "rule",
-    "weight_decay",
-    "coupled_weight_decay",
-    "maximize",
-    "complex_as_real",
-)
+__all__ = ["config_from", "config_to", "dump_state", "load_state", "nadam"]
+
+_LAYOUT = states.Layout(configs.OPTIMIZER, product="mu_product")
 
 
 def nadam(
-    lr: optax.ScalarOrSchedule = 2e-3,
+    lr: optax.ScalarOrSchedule | ScheduleConfig = 2e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0,
@@ -74,7 +60,7 @@ def nadam(
 
     Raises:
       ValueError: a number out of range.
-      TypeError: no number where one is due.
+      TypeError: a value that is no number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -89,21 +75,11 @@ def nadam(
     Source: ``torch/optim/nadam.py`` of torch 2.13.
     """
     del foreach, capturable, differentiable
-    if is_number(lr):
-        validation.check_not_negative("lr", lr)
-    group = {
-        "lr": 0.0,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "momentum_decay": momentum_decay,
-        "decoupled_weight_decay": decoupled_weight_decay,
-        "maximize": maximize,
-    }
-    return config_from(group, rule="scheduled").build(lr)
+    fields = configs.fields(betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, maximize)
+    return build(configs.parse_lr(lr), configs.NAMES, fields)
 
 
-def config_from(group: Mapping[str, Any], *, rule: str | None = None) -> NadamConfig:
+def config_from(config: Mapping[str, Any], *, rule: str | None = None) -> NadamConfig:
     """The hyperparameters of a parameter group of ``torch.optim.NAdam``.
 
     The learning rate is the group's as it is now; what a scheduler noted in the group, such as ``initial_lr``, is not
@@ -111,7 +87,7 @@ def config_from(group: Mapping[str, Any], *, rule: str | None = None) -> NadamCo
     versions divided by another product of momenta; but not with ``foreach=True``, which was right even then.
 
     Args:
-      group: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
+      config: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
       rule: ``"scheduled"`` for the step of torch 2, ``"torch1"`` for that of torch 1, or None to go by the keys.
 
     Returns:
@@ -120,7 +96,7 @@ def config_from(group: Mapping[str, Any], *, rule: str | None = None) -> NadamCo
     Raises:
       ValueError: a key is missing or unknown, a number is out of range, or the group is of a differentiable optimizer
         of torch 2.0, whose step was neither rule.
-      TypeError: no number where one is due.
+      TypeError: a value that is no number.
 
     Examples:
       >>> from optax_nadam.compat import torch as torch_names
@@ -133,31 +109,7 @@ def config_from(group: Mapping[str, Any], *, rule: str | None = None) -> NadamCo
 
     Source: ``torch/optim/nadam.py`` of torch 1.13, 2.0, 2.1 and 2.13.
     """
-    torch_state.check_group(f"{_NAME} group", group, _NUMBERS, (*_NUMBERS, *_CHOICES, *_EXECUTION))
-    if rule not in (None, "scheduled", "torch1"):
-        raise ValueError(f"rule must be None, 'scheduled' or 'torch1', got {rule!r}.")
-    b1, b2 = torch_state.pair("betas", group["betas"])
-    values = torch_state.not_negative(group, "lr", "eps", "weight_decay", "momentum_decay")
-    return NadamConfig(
-        learning_rate=values["lr"],
-        b1=b1,
-        b2=b2,
-        eps=values["eps"],
-        momentum_decay=values["momentum_decay"],
-        rule=rule or _rule_by_keys(group),
-        weight_decay=values["weight_decay"],
-        coupled_weight_decay=not group.get("decoupled_weight_decay", False),
-        maximize=group.get("maximize", False),
-        complex_as_real=True,
-    )
-
-
-def _rule_by_keys(group: Mapping[str, Any]) -> str:
-    """The rule of the version that wrote a group: 1.12 brought ``foreach``, 2.0 ``differentiable``, 2.1 the others."""
-    if group.get("differentiable") and "capturable" not in group:
-        advice = "The differentiable step of torch 2.0 was wrong; pass rule='scheduled' for the right one."
-        raise unsupported(_NAME, "differentiable", True, advice)
-    return "scheduled" if "differentiable" in group or group.get("foreach") else "torch1"
+    return configs.config_from(config, rule)
 
 
 def config_to(config: NadamConfig) -> dict[str, Any]:
@@ -174,7 +126,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
       All arguments but ``params``.
 
     Raises:
-      ValueError: a field is set that torch has no argument for, or the rule is not ``scheduled``; named in the text.
+      ValueError: a field is set that torch cannot express; named in the text.
 
     Examples:
       >>> import optax_nadam
@@ -185,19 +137,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
 
     Source: ``torch/optim/nadam.py`` of torch 2.13.
     """
-    torch_state.check_fields(config, _NAME, _FIELDS)
-    if rule_of(config) != RULES["scheduled"]:
-        raise unsupported("NadamConfig", "rule", config.rule, f"{_NAME} follows 'scheduled' since torch 2.0.")
-    return {
-        "lr": config.learning_rate,
-        "betas": (config.b1, config.b2),
-        "eps": config.eps,
-        "weight_decay": config.weight_decay,
-        "momentum_decay": config.momentum_decay,
-        "decoupled_weight_decay": not config.coupled_weight_decay,
-        "maximize": config.maximize,
-        **_EXECUTION,
-    }
+    return configs.config_to(config)
 
 
 def load_state(
@@ -205,11 +145,12 @@ def load_state(
     source: Mapping[str, Any],
     to_params: Callable[[Any], Any],
     *,
+    config: NadamConfig | None = None,
     names: Sequence[str] | None = None,
     weights: Mapping[str, Any] | Sequence[Any] | None = None,
     mismatch: str = "raise",
 ) -> Any:
-    """Goes on where a ``torch.optim.NAdam`` stopped: the next step is the one that torch would have taken next.
+    """The optimizer state that continues where a ``torch.optim.NAdam`` stopped: the next step is torch's next.
 
     Hyperparameters are not read: build the optimizer with :func:`config_from` or :func:`nadam` first. Where groups
     have Nadams of their own (``optax.partition``), load each part of the state by itself, from a source with its group
@@ -222,10 +163,12 @@ def load_state(
       to_params: the function that turns the model's weights, NumPy arrays by name as in its ``state_dict()``, into
         the params tree, transposes and all. The moments have the shapes of the weights and go the same way. Where
         parameters have no names, it gets a list in the optimizer's order.
+      config: the hyperparameters of the optimizer that continues, from which a product of the momenta that ``source``
+        does not store is computed; None for those of the checkpoint's own groups.
       names: names of the parameters in the optimizer's order, group after group. None takes those of the groups, which
         are there where the optimizer was made of ``model.named_parameters()`` (torch 2.6 and later).
       weights: the model's weights as ``to_params`` takes them, whose shapes are read for what has no moments yet.
-      mismatch: ``"raise"``, or ``"largest"`` to go on from the largest step and its product of momenta, where
+      mismatch: ``"raise"``, or ``"largest"`` to continue from the largest step and its product of momenta, where
         parameters have taken different numbers of steps.
 
     Returns:
@@ -253,27 +196,37 @@ def load_state(
 
     Source: ``torch/optim/optimizer.py`` and ``nadam.py`` of torch 2.13.
     """
-    return torch_state.load_state(
-        opt_state, source, to_params, layout=_LAYOUT, names=names, weights=weights, mismatch=mismatch
+    return states.load_state(
+        opt_state,
+        source,
+        to_params,
+        layout=_LAYOUT,
+        checkpoint_config=lambda: config_from(source["param_groups"][0]),
+        config=config,
+        names=names,
+        weights=weights,
+        mismatch=mismatch,
     )
 
 
 def dump_state(
     opt_state: Any,
     from_params: Callable[[Any], Any],
-    param_groups: NadamConfig | Sequence[Mapping[str, Any]],
     *,
+    config: NadamConfig | None = None,
+    param_groups: Sequence[Mapping[str, Any]] | None = None,
     as_tensor: Callable[[np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
-    """The checkpoint from which ``torch.optim.NAdam`` goes on, the inverse of :func:`load_state`.
+    """The checkpoint from which ``torch.optim.NAdam`` continues, the inverse of :func:`load_state`.
 
     Args:
       opt_state: a state that holds one Nadam, which treats complex leaves as two real ones.
       from_params: the inverse of ``to_params``: turns the params tree into NumPy arrays by name, or into a list of
         them, **in the order of the torch optimizer's parameters**. torch goes by order alone.
-      param_groups: a config, for one group of all parameters; or the groups that are wanted, best those of the
-        optimizer that is to go on, ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``,
-        arrays by name are put in their order.
+      config: the hyperparameters, for one group of all parameters.
+      param_groups: in place of ``config``, the groups that are wanted, best those of the optimizer that continues,
+        ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``, arrays by name are put in their
+        order.
       as_tensor: what makes a tensor of an array, ``torch.from_numpy``. torch's ``load_state_dict`` needs tensors;
         None leaves NumPy arrays.
 
@@ -292,11 +245,11 @@ def dump_state(
       >>> def from_params(params):
       ...     return {"linear.weight": params["kernel"].T}
       >>> state = torch_names.nadam().init({"kernel": jnp.zeros((3, 2))})
-      >>> dumped = torch_names.dump_state(state, from_params, optax_nadam.NadamConfig())
+      >>> dumped = torch_names.dump_state(state, from_params, config=optax_nadam.NadamConfig())
       >>> dumped["state"][0]["exp_avg"].shape, dumped["param_groups"][0]["param_names"]
       ((2, 3), ['linear.weight'])
 
     Source: ``torch/optim/optimizer.py`` and ``nadam.py`` of torch 2.13.
     """
-    groups = [config_to(param_groups)] if isinstance(param_groups, NadamConfig) else param_groups
-    return torch_state.dump_state(opt_state, from_params, groups, layout=_LAYOUT, as_tensor=as_tensor)
+    groups = states.groups_to_dump(config, param_groups, configs.config_to)
+    return states.dump_state(opt_state, from_params, groups, layout=_LAYOUT, as_tensor=as_tensor)

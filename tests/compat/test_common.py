@@ -26,7 +26,7 @@ def test_a_keras_checkpoint_becomes_one_of_torch():
     weights = [np.array(7), np.float32(0.02), np.full((3, 2), 0.5, np.float32), np.full((3, 2), 0.25, np.float32)]
     params = {"kernel": np.zeros((3, 2), np.float32)}
     state = compat.keras.load_state(compat.torch.nadam().init(params), weights, lambda arrays: {"kernel": arrays[0]})
-    dumped = compat.torch.dump_state(state, lambda tree: {"weight": tree["kernel"].T}, NadamConfig())
+    dumped = compat.torch.dump_state(state, lambda tree: {"weight": tree["kernel"].T}, config=NadamConfig())
     entry = dumped["state"][0]
     assert (int(entry["step"]), float(entry["mu_product"])) == (7, float(np.float32(0.02)))
     np.testing.assert_array_equal(entry["exp_avg"], np.full((2, 3), 0.5))
@@ -43,11 +43,11 @@ def as_tree(arrays):
 
 WAYS = {
     "torch": (
-        lambda state: compat.torch.dump_state(state, as_list, NadamConfig()),
+        lambda state: compat.torch.dump_state(state, as_list, config=NadamConfig()),
         lambda state, source: compat.torch.load_state(state, source, as_tree),
     ),
     "timm": (
-        lambda state: compat.timm.dump_state(state, as_list, NadamConfig(rule="simplified")),
+        lambda state: compat.timm.dump_state(state, as_list, config=NadamConfig(rule="simplified")),
         lambda state, source: compat.timm.load_state(state, source, as_tree),
     ),
     "keras": (

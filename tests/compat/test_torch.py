@@ -114,7 +114,7 @@ def test_a_schedule_and_an_array_are_learning_rates():
         assert gap(trajectory, expected, 0.01) < 1e-4
 
 
-def test_the_rate_can_be_injected():
+def test_lr_can_be_injected():
     static = ("eps", "weight_decay", "momentum_decay")
     tx = optax.inject_hyperparams(ours.nadam, static_args=static)(lr=0.01)
     params = jnp.ones(2)
@@ -136,7 +136,7 @@ def test_execution_only_arguments_change_nothing():
     ("arguments", "kind", "text"),
     [
         ({"lr": -1.0}, ValueError, r"lr must be finite and not negative, got -1.0"),
-        ({"lr": "fast"}, TypeError, r"must be a number, an array or a schedule, got 'fast'"),
+        ({"lr": "fast"}, TypeError, r"^lr must be a number, a scalar array, an optax.Schedule or .*, got 'fast'"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must be in \[0, 1\), got 1.0"),
         ({"betas": 0.9}, ValueError, r"betas must be a pair of numbers, got 0.9"),
         ({"betas": ("a", 0.9)}, TypeError, r"betas\[0\] must be a number, got 'a'"),
@@ -203,7 +203,7 @@ def test_groups_of_others_are_rejected(change, text):
 
 def test_the_differentiable_step_of_torch_2_0_is_rejected():
     group = {key: value for key, value in GROUP.items() if key in KEYS["2.0"]} | {"differentiable": True}
-    with pytest.raises(ValueError, match=r"option differentiable=True has no counterpart.*rule='scheduled'"):
+    with pytest.raises(ValueError, match=r"NadamConfig cannot express differentiable=True.*rule='scheduled'"):
         ours.config_from(group)
     assert ours.config_from(group, rule="scheduled").rule == "scheduled"
     assert ours.config_from(group | {"capturable": False}).rule == "scheduled"
@@ -225,13 +225,13 @@ def test_configs_survive_the_way_through_a_group(case):
 UNSUPPORTED: dict[str, Any] = {
     "eps_root": 1e-9,
     "rule": "torch1",
-    "max_learning_rate": 1.0,
-    "decay": 0.1,
+    "weight_decay_peak_learning_rate": 1.0,
+    "learning_rate_decay": 0.1,
     "clip_value": 1.0,
     "clip_norm": 1.0,
     "clip_global_norm": 1.0,
     "clip_update_rms": 1.0,
-    "caution": True,
+    "cautious": True,
     "accumulate_steps": 2,
     "m_dtype": "float32",
     "v_dtype": "float32",
@@ -240,8 +240,8 @@ UNSUPPORTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_fields_without_counterpart_are_rejected_by_name(name):
-    with pytest.raises(ValueError, match=f"NadamConfig option {name}=.* has no counterpart"):
+def test_fields_that_torch_cannot_express_are_rejected_by_name(name):
+    with pytest.raises(ValueError, match=f"torch.optim.NAdam cannot express {name}="):
         ours.config_to(NadamConfig(**{name: UNSUPPORTED[name]}))
 
 
@@ -251,7 +251,9 @@ def test_a_schedule_is_rejected():
         "name": "inverse_time_decay",
         "arguments": {"initial_learning_rate": 0.1, "decay_steps": 1.0, "decay_rate": 0.5},
     }
-    with pytest.raises(ValueError, match=r"option learning_rate=.*inverse_time_decay.* has no counterpart"):
+    with pytest.raises(
+        ValueError, match=r"cannot express learning_rate=.*inverse_time_decay.*torch.optim.lr_scheduler"
+    ):
         ours.config_to(NadamConfig.from_dict(fields))
 
 
@@ -270,7 +272,7 @@ def test_every_field_is_either_rejected_or_written():
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "torch1"])
-def test_we_go_on_from_a_recorded_checkpoint(name):
+def test_we_continue_from_a_recorded_checkpoint(name):
     checkpoint, (at, grads, then) = RECORDED.checkpoint(name), RECORDED.after(name)
     names = [n for group in checkpoint["param_groups"] for n in group["param_names"]]
     assert names == ["conv", "kernel", "scale", "bias"]
@@ -371,19 +373,19 @@ def test_complex_moments_come_and_go():
     state = ours.load_state(ours.nadam().init(params), source, keep)
     assert [x.tolist() for x in moments(state).m["z"]] == [[1, -3], [2, 4]]
     assert [x.tolist() for x in moments(state).v["z"]] == [[1, 3], [9, 9]]
-    dumped = ours.dump_state(state, keep, source["param_groups"])
+    dumped = ours.dump_state(state, keep, param_groups=source["param_groups"])
     for i, key in [(0, "exp_avg"), (0, "exp_avg_sq"), (1, "exp_avg")]:
         np.testing.assert_array_equal(dumped["state"][i][key], source["state"][i][key])
     assert dumped["state"][0]["exp_avg"].dtype == np.complex64
 
 
-def test_whole_complex_leaves_are_rejected():
+def test_complex_moments_are_rejected():
     params = {"z": jnp.zeros(2, jnp.complex64)}
     state = NadamConfig().build().init(params)
-    with pytest.raises(ValueError, match=r"keeps complex leaves whole.*complex_as_real=True"):
+    with pytest.raises(ValueError, match=r"has complex moments.*complex_as_real=True"):
         ours.load_state(state, RECORDED.checkpoint("checkpoint"), keep)
-    with pytest.raises(ValueError, match=r"keeps complex leaves whole.*complex_as_real=True"):
-        ours.dump_state(state, keep, NadamConfig())
+    with pytest.raises(ValueError, match=r"has complex moments.*complex_as_real=True"):
+        ours.dump_state(state, keep, config=NadamConfig())
 
 
 def load(checkpoint, **options):
@@ -492,7 +494,7 @@ def test_a_fresh_checkpoint_makes_a_fresh_state():
     [
         ({"names": ["a", "b"]}, r"names must name the 4 parameters of the checkpoint, got 2 names"),
         ({"names": ["a", "a", "b", "b"]}, r"names must differ, got a, b more than once"),
-        ({"mismatch": "smallest"}, r"mismatch must be 'raise' or 'largest', got 'smallest'"),
+        ({"mismatch": "smallest"}, r"mismatch must be one of 'raise', 'largest', got 'smallest'"),
         ({"names": ["bias", "conv", "kernel", "scale"]}, r"m\['bias'\] has shape \(2, 2, 3\).*made for shape \(3,\)"),
     ],
 )
@@ -511,7 +513,7 @@ def test_a_key_error_of_the_function_itself_is_left_alone():
 
 def test_a_recorded_checkpoint_comes_out_as_it_went_in():
     checkpoint = RECORDED.checkpoint("checkpoint")
-    dumped = ours.dump_state(load(checkpoint), keep, checkpoint["param_groups"])
+    dumped = ours.dump_state(load(checkpoint), keep, param_groups=checkpoint["param_groups"])
     assert dumped["param_groups"] == checkpoint["param_groups"]
     assert dumped["state"].keys() == checkpoint["state"].keys()
     for i, entry in checkpoint["state"].items():
@@ -522,7 +524,7 @@ def test_a_recorded_checkpoint_comes_out_as_it_went_in():
 
 
 def test_dumped_arrays_can_be_written_and_are_each_their_own():
-    dumped = ours.dump_state(load(RECORDED.checkpoint("checkpoint")), keep, ours.config_from(GROUP))
+    dumped = ours.dump_state(load(RECORDED.checkpoint("checkpoint")), keep, config=ours.config_from(GROUP))
     assert list(dumped["param_groups"][0]["param_names"]) == sorted(ORDER)
     dumped["state"][0]["step"] += 1
     dumped["state"][0]["exp_avg"] += 1
@@ -531,7 +533,7 @@ def test_dumped_arrays_can_be_written_and_are_each_their_own():
 
 def test_as_tensor_is_applied_to_every_array():
     seen: list[np.ndarray] = []
-    ours.dump_state(load(RECORDED.checkpoint("checkpoint")), keep, NadamConfig(), as_tensor=seen.append)
+    ours.dump_state(load(RECORDED.checkpoint("checkpoint")), keep, config=NadamConfig(), as_tensor=seen.append)
     assert len(seen) == 4 * 4
     assert all(isinstance(x, np.ndarray) for x in seen)
 
@@ -540,9 +542,9 @@ def test_parameters_without_names_are_dumped_in_order():
     checkpoint = without_names(RECORDED.checkpoint("checkpoint"))
     state = load(checkpoint, names=ORDER)
     for from_params in (lambda p: [p[name] for name in ORDER], lambda p: {name: p[name] for name in ORDER}):
-        dumped = ours.dump_state(state, from_params, checkpoint["param_groups"])
+        dumped = ours.dump_state(state, from_params, param_groups=checkpoint["param_groups"])
         np.testing.assert_array_equal(dumped["state"][2]["exp_avg"], checkpoint["state"][2]["exp_avg"])
-    dumped = ours.dump_state(state, lambda p: [p[name] for name in ORDER], NadamConfig())
+    dumped = ours.dump_state(state, lambda p: [p[name] for name in ORDER], config=NadamConfig())
     assert "param_names" not in dumped["param_groups"][0]
     assert dumped["param_groups"][0]["params"] == [0, 1, 2, 3]
 
@@ -558,12 +560,12 @@ def test_parameters_without_names_are_dumped_in_order():
 def test_from_params_that_do_not_fit(from_params, kind, text):
     checkpoint = RECORDED.checkpoint("checkpoint")
     with pytest.raises(kind, match=text):
-        ours.dump_state(load(checkpoint), from_params, checkpoint["param_groups"])
+        ours.dump_state(load(checkpoint), from_params, param_groups=checkpoint["param_groups"])
 
 
 def test_a_config_of_another_rule_is_not_dumped():
-    with pytest.raises(ValueError, match=r"option rule='constant' has no counterpart"):
-        ours.dump_state(load(RECORDED.checkpoint("checkpoint")), keep, NadamConfig(rule="constant"))
+    with pytest.raises(ValueError, match=r"torch.optim.NAdam cannot express rule='simplified'"):
+        ours.dump_state(load(RECORDED.checkpoint("checkpoint")), keep, config=NadamConfig(rule="simplified"))
 
 
 def test_a_state_without_nadam_is_rejected():
@@ -571,4 +573,4 @@ def test_a_state_without_nadam_is_rejected():
     with pytest.raises(ValueError, match="must hold one ScaleByNadamState, but holds 0"):
         ours.load_state(state, RECORDED.checkpoint("checkpoint"), keep)
     with pytest.raises(ValueError, match="must hold one ScaleByNadamState, but holds 0"):
-        ours.dump_state(state, keep, NadamConfig())
+        ours.dump_state(state, keep, config=NadamConfig())

@@ -133,7 +133,7 @@ def test_corrected_weight_decay_follows_a_schedule():
         optax.linear_schedule(0.02, 0.002, 40), weight_decay=0.5, corrected_weight_decay=True, max_lr_snapshot=0.02
     )
     trajectory, _ = run(tx, params, grads)
-    # The rate itself is rounded to float32 here, at every step.
+    # lr itself is rounded to float32 here, at every step.
     assert gap(trajectory, stack(expected), 0.02) < bound(params, grads, 0.02)
 
 
@@ -175,7 +175,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_we_go_on_where_timm_stopped(name, tmp_path):
+def test_we_continue_where_timm_stopped(name, tmp_path):
     optimizer, kwargs = OPTIMIZERS[name]
     params, grads = problem(6, steps=BEFORE + AFTER)
     theirs = Theirs(params, in_groups(optimizer, **kwargs))
@@ -190,7 +190,7 @@ def test_we_go_on_where_timm_stopped(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_timm_goes_on_where_we_stopped(name, tmp_path):
+def test_timm_continues_where_we_stopped(name, tmp_path):
     optimizer, kwargs = OPTIMIZERS[name]
     params, grads = problem(7, steps=BEFORE + AFTER)
     tx = getattr(ours, name)(**kwargs)
@@ -198,7 +198,7 @@ def test_timm_goes_on_where_we_stopped(name, tmp_path):
     at = {name: x[-1] for name, x in trajectory.items()}
     theirs = Theirs(at, in_groups(optimizer, **kwargs))
     groups = theirs.optimizer.state_dict()["param_groups"]
-    dumped = ours.dump_state(state, keep, groups, as_tensor=torch.from_numpy)
+    dumped = ours.dump_state(state, keep, param_groups=groups, as_tensor=torch.from_numpy)
     theirs.optimizer.load_state_dict(through_file(dumped, tmp_path / "optimizer.pt"))
     expected, _ = run(tx, at, grads[BEFORE:], state)
     assert gap(theirs.run(grads[BEFORE:]), expected, 0.01) < RESUMED
@@ -207,7 +207,12 @@ def test_timm_goes_on_where_we_stopped(name, tmp_path):
 @pytest.mark.parametrize(
     ("optimizer", "config"),
     [
-        (NAdamW, NadamConfig(rule="simplified", learning_rate=0.01, eps=1e-8, weight_decay=0.1, max_learning_rate=0.1)),
+        (
+            NAdamW,
+            NadamConfig(
+                rule="simplified", learning_rate=0.01, eps=1e-8, weight_decay=0.1, weight_decay_peak_learning_rate=0.1
+            ),
+        ),
         (NAdamLegacy, NadamConfig(learning_rate=0.01, eps=1e-8, weight_decay=0.1, coupled_weight_decay=True)),
     ],
     ids=["nadamw", "nadamlegacy"],
@@ -217,7 +222,7 @@ def test_a_config_makes_a_group_that_timm_takes(optimizer, config, tmp_path):
     tx = config.build()
     trajectory, state = run(tx, params, grads[:BEFORE])
     at = {name: x[-1] for name, x in trajectory.items()}
-    dumped = ours.dump_state(state, keep, config, as_tensor=torch.from_numpy)
+    dumped = ours.dump_state(state, keep, config=config, as_tensor=torch.from_numpy)
     theirs = Theirs({name: at[name] for name in dumped["param_groups"][0]["param_names"]}, optimizer)
     theirs.optimizer.load_state_dict(through_file(dumped, tmp_path / "optimizer.pt"))
     expected, _ = run(tx, at, grads[BEFORE:], state)
