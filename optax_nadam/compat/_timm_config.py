@@ -1,4 +1,4 @@
-"""The parameter groups of timm's ``NAdamW`` and ``NAdamLegacy``, and the config that each makes."""
+"""Parameter groups of timm's ``NAdamW`` and ``NAdamLegacy``, and the configs that they make."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,42 +6,45 @@ from typing import Any
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES
-from optax_nadam.compat import _torch_config as torch_configs
-from optax_nadam.compat._common import cannot_express, check_keys, config_of, rule_of
+from optax_nadam.compat._common import as_number, cannot_express, config_of, rule_of
+from optax_nadam.compat._torch_config import NAMES as TORCH_NAMES
+from optax_nadam.compat._torch_config import SHARED_FIELDS, check_fields, check_group, numbers_of, pair, parse_lr
 
 NADAMW, LEGACY = "timm.optim.NAdamW", "timm.optim.NAdamLegacy"
 NAMES = {
-    **torch_configs.NAMES,
-    "cautious": "caution",
+    **TORCH_NAMES,
     "weight_decay_peak_learning_rate": "max_lr_snapshot",
     "clip_update_rms": "clipping_threshold",
+    "cautious": "caution",
 }
-LEGACY_NAMES = {**torch_configs.NAMES, "momentum_decay": "schedule_decay"}
+LEGACY_NAMES = {**TORCH_NAMES, "momentum_decay": "schedule_decay"}
 _NUMBERS = ("lr", "betas", "eps", "weight_decay")
+_CHOICES = {
+    "caution": False,
+    "corrected_weight_decay": False,
+    "maximize": False,
+    "max_lr_snapshot": None,
+    "clipping_threshold": None,
+}
 _EXECUTION = {"foreach": None, "capturable": False}
-_KEYS = (
-    *_NUMBERS,
-    *("caution", "corrected_weight_decay", "maximize", "max_lr_snapshot", "clipping_threshold"),
-    *_EXECUTION,
-)
-_SHARED = ("learning_rate", "b1", "b2", "eps", "momentum_decay", "rule", "weight_decay", "complex_as_real")
-_NADAMW_EXPRESSIBLE = (*_SHARED, "weight_decay_peak_learning_rate", "clip_update_rms", "cautious", "maximize")
+_LEGACY_FIELDS = (*SHARED_FIELDS, "complex_as_real")
+_NADAMW_FIELDS = (*_LEGACY_FIELDS, "weight_decay_peak_learning_rate", "clip_update_rms", "cautious", "maximize")
 
 
 def fields(
-    *,
     betas: Any,
     eps: Any,
     weight_decay: Any,
-    caution: bool,
-    corrected_weight_decay: bool,
-    max_lr_snapshot: Any,
-    maximize: bool,
+    caution: Any,
+    corrected_weight_decay: Any,
+    maximize: Any,
     clipping_threshold: Any,
+    max_lr_snapshot: Any,
 ) -> dict[str, Any]:
-    """Our fields, but for the learning rate, of the arguments of NAdamW."""
+    """The fields of the config that these arguments of ``NAdamW`` choose."""
+    validation.check_bool("corrected_weight_decay", corrected_weight_decay)
     return {
-        **torch_configs.beta_fields(betas),
+        **pair(betas),
         "eps": eps,
         "rule": "simplified",
         "weight_decay": weight_decay,
@@ -53,77 +56,61 @@ def fields(
     }
 
 
-def legacy_fields(*, betas: Any, eps: Any, weight_decay: Any, schedule_decay: Any) -> dict[str, Any]:
-    """Our fields, but for the learning rate, of the arguments of NAdamLegacy."""
+def legacy_fields(betas: Any, eps: Any, weight_decay: Any, schedule_decay: Any) -> dict[str, Any]:
+    """The fields of the config that these arguments of ``NAdamLegacy`` choose."""
     return {
-        **torch_configs.beta_fields(betas),
+        **pair(betas),
         "eps": eps,
-        "momentum_decay": schedule_decay,
         "weight_decay": weight_decay,
+        "momentum_decay": schedule_decay,
         "coupled_weight_decay": True,
     }
 
 
-def peak_lr(lr: Any, corrected_weight_decay: bool, max_lr_snapshot: Any) -> Any:
-    """The largest lr, which timm takes to be the first where it is not given."""
-    if not corrected_weight_decay or max_lr_snapshot is not None:
-        return max_lr_snapshot
-    if not validation.is_number(lr):
-        raise ValueError(f"max_lr_snapshot must be the largest lr where lr is no number, got lr={lr!r}.")
-    return lr
-
-
 def is_legacy(group: Mapping[str, Any]) -> bool:
-    """Whether a group is one of NAdamLegacy."""
+    """Whether a group is one of ``NAdamLegacy``."""
     return "schedule_decay" in group
 
 
 def config_from(group: Mapping[str, Any]) -> NadamConfig:
     """The config of a parameter group of either optimizer."""
-    return _config_from_legacy(group) if is_legacy(group) else _config_from_nadamw(group)
+    return _legacy_config(group) if is_legacy(group) else _nadamw_config(group)
 
 
-def _config_from_legacy(group: Mapping[str, Any]) -> NadamConfig:
-    keys = (*_NUMBERS, "schedule_decay")
-    group = torch_configs.read_group(f"the {LEGACY} group", group, keys, keys)
-    found = legacy_fields(**{name: group[name] for name in keys if name != "lr"})
-    return config_of(LEGACY_NAMES, {"learning_rate": group["lr"], **found})
+def _legacy_config(group: Mapping[str, Any]) -> NadamConfig:
+    known = (*_NUMBERS, "schedule_decay")
+    check_group(f"{LEGACY} group", group, known, known)
+    filled = {name: as_number(group[name]) for name in known}
+    return config_of(LEGACY_NAMES, {"learning_rate": parse_lr(filled.pop("lr")), **legacy_fields(**filled)})
 
 
-def _config_from_nadamw(group: Mapping[str, Any]) -> NadamConfig:
-    what = f"the {NADAMW} group"
+def _nadamw_config(group: Mapping[str, Any]) -> NadamConfig:
+    what, known = f"{NADAMW} group", (*_NUMBERS, *_CHOICES, *_EXECUTION)
     # Other optimizers of timm have groups with the numbers alone.
-    group = torch_configs.read_group(what, group, _KEYS, (*_NUMBERS, "maximize", "capturable"))
-    corrected = group.get("corrected_weight_decay", False)
-    if corrected:
-        check_keys(f"{what} with corrected_weight_decay", group, group, ("max_lr_snapshot",))
-    found = fields(
-        **{name: group[name] for name in _NUMBERS if name != "lr"},
-        caution=group.get("caution", False),
-        corrected_weight_decay=corrected,
-        max_lr_snapshot=group.get("max_lr_snapshot"),
-        maximize=group["maximize"],
-        clipping_threshold=group.get("clipping_threshold"),
-    )
-    return config_of(NAMES, {"learning_rate": group["lr"], **found})
+    check_group(what, group, (*_NUMBERS, "maximize", "capturable"), known)
+    if group.get("corrected_weight_decay") and group.get("max_lr_snapshot") is None:
+        raise ValueError(f"{what} with corrected_weight_decay lacks max_lr_snapshot: add the lr it was made with.")
+    filled = {name: as_number(group.get(name, _CHOICES.get(name))) for name in (*_NUMBERS, *_CHOICES)}
+    return config_of(NAMES, {"learning_rate": parse_lr(filled.pop("lr")), **fields(**filled)})
 
 
 def config_to(config: NadamConfig) -> dict[str, Any]:
-    """The group of NAdamW for the rule ``simplified``, and of NAdamLegacy for ``scheduled``."""
-    if rule_of(config) == RULES["simplified"]:
+    """The parameter group of ``NAdamW`` for the rule ``simplified``, and of ``NAdamLegacy`` for ``scheduled``."""
+    rule = rule_of(config)
+    if rule == RULES["simplified"]:
         return _nadamw_group(config)
-    if rule_of(config) == RULES["scheduled"]:
+    if rule == RULES["scheduled"]:
         return _legacy_group(config)
     advice = f"{NADAMW} follows 'simplified', {LEGACY} 'scheduled'."
     raise cannot_express("timm", "rule", config.rule, advice)
 
 
 def _nadamw_group(config: NadamConfig) -> dict[str, Any]:
-    without_effect = () if config.weight_decay else ("coupled_weight_decay",)
-    torch_configs.check_config(config, NADAMW, (*_NADAMW_EXPRESSIBLE, *without_effect))
+    check_fields(config, NADAMW, _NADAMW_FIELDS)
+    _check_decay(config, NADAMW, coupled=False)
     peak = config.weight_decay_peak_learning_rate
     return {
-        **torch_configs.shared_keys(config),
+        **numbers_of(config),
         "caution": config.cautious,
         "corrected_weight_decay": peak is not None,
         "max_lr_snapshot": config.learning_rate if peak is None else peak,
@@ -134,7 +121,13 @@ def _nadamw_group(config: NadamConfig) -> dict[str, Any]:
 
 
 def _legacy_group(config: NadamConfig) -> dict[str, Any]:
-    torch_configs.check_config(config, LEGACY, (*_SHARED, "coupled_weight_decay"))
-    if config.weight_decay and not config.coupled_weight_decay:
-        raise cannot_express(LEGACY, "coupled_weight_decay", False, "It adds weight decay to the gradient.")
-    return {**torch_configs.shared_keys(config), "schedule_decay": config.momentum_decay}
+    check_fields(config, LEGACY, _LEGACY_FIELDS)
+    _check_decay(config, LEGACY, coupled=True)
+    return {**numbers_of(config), "schedule_decay": config.momentum_decay}
+
+
+def _check_decay(config: NadamConfig, optimizer: str, coupled: bool) -> None:
+    """Rejects weight decay of the other kind."""
+    if config.weight_decay and config.coupled_weight_decay != coupled:
+        advice = "It adds weight decay to the gradient." if coupled else "It adds no weight decay to the gradient."
+        raise cannot_express(optimizer, "coupled_weight_decay", config.coupled_weight_decay, advice)

@@ -15,9 +15,7 @@ from jax import numpy as jnp
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._leaves import is_complex
-from optax_nadam._state import ScaleByNadamState, put_state
-from optax_nadam._wrappers import is_pair
+from optax_nadam._state import ScaleByNadamState
 from optax_nadam.compat._common import Checkpoint, as_numpy, check_keys, get_numbers, load
 
 _SOURCE = (
@@ -34,11 +32,10 @@ _NO_SHAPE = (
     "{labels} never stepped, so that source does not hold the shape of the moments. Pass weights, the model's own"
     " arrays as to_params takes them."
 )
-_NOT_SPLIT = (
-    "opt_state has complex moments, but {optimizer} updates real and imaginary parts as separate numbers. Build the"
-    " optimizer with complex_as_real=True, as compat.torch.nadam and compat.timm.nadamw do."
+_COMPLEX = (
+    "opt_state has complex moments, but {optimizer} treats the two parts of a complex number as separate numbers. Build"
+    " the optimizer with complex_as_real=True, as compat.torch.nadam and compat.timm.nadamw do."
 )
-_ONE_OF_TWO = "exactly one of config and param_groups must be given, got {got}."
 
 Label = str | int
 
@@ -49,25 +46,37 @@ class Layout:
 
     Attributes:
       optimizer: its name in the texts of errors.
-      product: the key of the product of the momenta; None where it is not stored.
-      plain: whether step and product are Python numbers rather than arrays.
+      product: the key of the product of the momenta; None where it stores none.
+      python_numbers: whether step and product are Python numbers rather than arrays.
     """
 
     optimizer: str
     product: str | None
-    plain: bool = False
+    python_numbers: bool = False
 
     @property
     def scalars(self) -> tuple[str, ...]:
-        """The keys of the numbers of a parameter, the step first."""
+        """The keys of the numbers that are stored for a parameter, the step first."""
         return ("step",) if self.product is None else ("step", self.product)
 
 
-def groups_of(source: Any, layout: Layout) -> list[Mapping[str, Any]]:
+class Parameter(NamedTuple):
+    """What is stored for a parameter that took a step."""
+
+    step: int
+    product: float | None
+    m: np.ndarray
+    v: np.ndarray
+
+
+Parameters = Mapping[Label, Parameter | None]  # None where it took no step
+
+
+def groups_of(source: Any, optimizer: str) -> list[Mapping[str, Any]]:
     """The parameter groups of a checkpoint."""
     if not isinstance(source, Mapping) or not {"state", "param_groups"} <= set(source):
         got = f"the keys {sorted(map(str, source))[:10]}" if isinstance(source, Mapping) else type(source).__name__
-        raise ValueError(_SOURCE.format(optimizer=layout.optimizer, got=got))
+        raise ValueError(_SOURCE.format(optimizer=optimizer, got=got))
     return list(source["param_groups"])
 
 
@@ -77,53 +86,37 @@ def load_state(
     to_params: Callable[[Any], Any],
     *,
     layout: Layout,
+    checkpoint_config: Callable[[], NadamConfig],
     config: NadamConfig | None,
     names: Sequence[str] | None,
     weights: Mapping[str, Any] | Sequence[Any] | None,
     mismatch: str,
 ) -> Any:
-    """The optimizer state that continues from a checkpoint.
-
-    Args:
-      opt_state: a state of the optimizer that is to continue.
-      source: the checkpoint.
-      to_params: turns arrays by name, or in order, into a tree like the params.
-      layout: what the checkpoint stores.
-      config: the hyperparameters of the optimizer, from which a product that is not stored is computed.
-      names: names of the parameters, in the checkpoint's order.
-      weights: arrays as ``to_params`` takes them, for the shapes of what never stepped.
-      mismatch: ``"raise"`` or ``"largest"``.
-
-    Returns:
-      A new state.
-    """
+    """The optimizer state that continues from a checkpoint; see :func:`optax_nadam.compat.torch.load_state`."""
     validation.check_choice("mismatch", mismatch, ("raise", "largest"))
-    old = _numbers_of(opt_state, layout)
-    entries = _entries(source, layout, names)
-    if not any(entries.values()):
-        zeros = jax.tree.map(jnp.zeros_like, old)
-        return put_state(opt_state, count=0, mu_product=1.0, m=zeros.m, v=zeros.v)
-    progress = _progress(entries, layout, mismatch)
-    m, v = (_moments(entries, key, weights) for key in ("exp_avg", "exp_avg_sq"))
-    found = Checkpoint(layout.optimizer, progress.step, progress.product, m, v)
+    parameters = _read(source, layout, names)
+    like = get_numbers(opt_state)
+    _check_real(like, layout)
+    if not any(parameters.values()):
+        m, v = jax.tree.map(jnp.zeros_like, (like.m, like.v))
+        fresh = Checkpoint(layout.optimizer, 0, 1.0, m, v)
+        return load(opt_state, fresh, lambda moments: moments, None)
+    count, product = _progress(parameters, mismatch)
+    found = Checkpoint(
+        layout.optimizer,
+        count,
+        product,
+        _moments(parameters, "m", weights),
+        _moments(parameters, "v", weights),
+        checkpoint_config() if product is None else None,
+    )
     return load(opt_state, found, lambda arrays: _converted(arrays, to_params), config)
 
 
-def _numbers_of(opt_state: Any, layout: Layout) -> ScaleByNadamState:
-    """The Nadam state, if its complex leaves are stored as torch stores them."""
-    state = get_numbers(opt_state)
-    if any(map(is_complex, jax.tree.leaves(state.m))):
-        raise ValueError(_NOT_SPLIT.format(optimizer=layout.optimizer))
-    return state
-
-
-def _entries(source: Any, layout: Layout, names: Sequence[str] | None) -> dict[Label, Mapping[str, Any] | None]:
-    """What the checkpoint stores of each parameter, by its name or else its position; None if it never stepped."""
-    labels, ids = _labels(groups_of(source, layout), names)
-    entries = {label: source["state"].get(i) or None for label, i in zip(labels, ids, strict=True)}
-    for label, entry in entries.items():
-        _check_entry(label, entry, layout)
-    return entries
+def _read(source: Any, layout: Layout, names: Sequence[str] | None) -> Parameters:
+    """What a checkpoint stores for each parameter, by name or by position."""
+    labels, ids = _labels(groups_of(source, layout.optimizer), names)
+    return {label: _parameter(label, source["state"].get(i), layout) for label, i in zip(labels, ids, strict=True)}
 
 
 def _labels(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> tuple[list[Any], list[Any]]:
@@ -146,63 +139,49 @@ def _check_names(names: Sequence[str], expected: int) -> None:
         raise ValueError(f"names must differ, got {', '.join(twice)} more than once.")
 
 
-def _check_entry(label: Label, entry: Mapping[str, Any] | None, layout: Layout) -> None:
-    if entry is None:
-        return
+def _parameter(label: Label, entry: Mapping[str, Any] | None, layout: Layout) -> Parameter | None:
+    if not entry:
+        return None
     expected = (*layout.scalars, "exp_avg", "exp_avg_sq")
     missing = [key for key in expected if key not in entry]
     if missing:
         raise ValueError(_MISSING.format(label=label, missing=", ".join(missing), optimizer=layout.optimizer))
     check_keys(f"state of parameter {label!r}", entry, expected)
+    step, *product = (as_numpy(entry[key]).item() for key in layout.scalars)
+    m, v = as_numpy(entry["exp_avg"]), as_numpy(entry["exp_avg_sq"])
+    return Parameter(int(step), float(product[0]) if product else None, m, v)
 
 
-class _Progress(NamedTuple):
-    """How far a parameter has come: its step, its product of the momenta, and the bytes that this is stored in."""
-
-    step: int
-    product: float | None = None
-    width: int = 0
-
-    def __str__(self) -> str:
-        product = "" if self.product is None else f" (product {self.product:.6g})"
-        return f"{self.step}{product}" if self.step else "none"
-
-    def agrees(self, other: "_Progress") -> bool:
-        """Whether two parameters took the same steps; products were rounded apart, of late to denormal numbers.
-
-        torch makes the product of a parameter the dtype of the parameter, so a narrower one tells nothing.
-        """
-        if self.step != other.step or self.product is None or other.product is None or self.width != other.width:
-            return self.step == other.step
-        return bool(np.isclose(self.product, other.product, rtol=1e-4, atol=1e-9))
-
-
-def _progress(entries: Mapping[Label, Mapping[str, Any] | None], layout: Layout, mismatch: str) -> _Progress:
-    """The step and the product that stand for all parameters: the largest step, the product in the widest dtype."""
-    taken = {label: _progress_of(entry, layout) for label, entry in entries.items()}
-    largest = max(taken.values(), key=lambda progress: (progress.step, progress.width))
-    apart = {label: progress for label, progress in taken.items() if not progress.agrees(largest)}
+def _progress(parameters: Parameters, mismatch: str) -> tuple[int, float | None]:
+    """The step and the product that stand for all parameters."""
+    taken = {label: (0, None) if p is None else (p.step, p.product) for label, p in parameters.items()}
+    largest = max(taken.values(), key=lambda scalars: scalars[0])
+    apart = {label: scalars for label, scalars in taken.items() if not _same(scalars, largest)}
     if apart and mismatch == "raise":
-        raise ValueError(_BEHIND.format(differences=_described(apart, largest, len(taken) - len(apart))))
+        raise ValueError(_BEHIND.format(differences=_described(taken, apart, largest)))
     return largest
 
 
-def _progress_of(entry: Mapping[str, Any] | None, layout: Layout) -> _Progress:
-    if entry is None:
-        return _Progress(0)
-    step = int(as_numpy(entry["step"]).item())
-    if layout.product is None:
-        return _Progress(step)
-    product = entry[layout.product]
-    return _Progress(step, float(as_numpy(product).item()), getattr(product, "itemsize", 8))
+def _same(ours: tuple[int, float | None], theirs: tuple[int, float | None]) -> bool:
+    """Whether two parameters took the same steps; their products were rounded apart, of late to denormal numbers."""
+    (step, product), (other_step, other_product) = ours, theirs
+    if step != other_step or product is None or other_product is None:
+        return step == other_step
+    return bool(np.isclose(product, other_product, rtol=1e-4, atol=1e-9))
 
 
-def _described(apart: Mapping[Label, _Progress], largest: _Progress, others: int) -> str:
-    kinds = {
-        str(progress): [label for label, p in apart.items() if str(p) == str(progress)] for progress in apart.values()
-    }
+def _described(
+    taken: Mapping[Label, tuple[int, float | None]],
+    apart: Mapping[Label, tuple[int, float | None]],
+    largest: tuple[int, float | None],
+) -> str:
+    def text(scalars: tuple[int, float | None]) -> str:
+        product = "" if scalars[1] is None else f" (product {scalars[1]:.6g})"
+        return f"{scalars[0]}{product}" if scalars[0] else "none"
+
+    kinds = {text(scalars): [label for label, s in apart.items() if s == scalars] for scalars in apart.values()}
     behind = "; ".join(f"{_listed(labels)} took {kind}" for kind, labels in kinds.items())
-    return f"{behind}; {others} others took {largest}"
+    return f"{behind}; {len(taken) - len(apart)} others took {text(largest)}"
 
 
 def _listed(labels: Sequence[Label]) -> str:
@@ -210,16 +189,16 @@ def _listed(labels: Sequence[Label]) -> str:
     return shown if len(labels) <= 5 else f"{shown} and {len(labels) - 5} more"
 
 
-def _moments(entries: Mapping[Label, Mapping[str, Any] | None], key: str, weights: Any) -> Any:
+def _moments(parameters: Parameters, moment: str, weights: Any) -> Any:
     """One moment of each parameter, by name or in order: what ``to_params`` takes."""
-    shapes = _shapes(weights, list(entries))
-    unknown = [label for label, entry in entries.items() if entry is None and label not in shapes]
+    shapes = _shapes(weights, list(parameters))
+    unknown = [label for label, parameter in parameters.items() if parameter is None and label not in shapes]
     if unknown:
         raise ValueError(_NO_SHAPE.format(labels=_listed(unknown)))
     # Copies: torch updates in place what an optimizer's state_dict() shows.
-    known = {label: np.array(as_numpy(entry[key])) for label, entry in entries.items() if entry is not None}
+    known = {label: np.array(getattr(p, moment)) for label, p in parameters.items() if p is not None}
     zeros = {label: np.zeros_like(as_numpy(x)) for label, x in shapes.items() if label not in known}
-    arrays = {label: (known | zeros)[label] for label in dict.fromkeys((*entries, *shapes))}
+    arrays = {label: (known | zeros)[label] for label in dict.fromkeys((*parameters, *shapes))}
     return arrays if all(isinstance(label, str) for label in arrays) else list(arrays.values())
 
 
@@ -243,19 +222,8 @@ def _converted(arrays: Any, to_params: Callable[[Any], Any]) -> Any:
             f"to_params asked for {error.args[0]!r}, but the checkpoint has moments of {_listed(list(arrays))} only."
             " Pass weights, the model's own arrays by name, to fill up with zeros."
         ) from error
-    keep = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
-    return optax.contrib.split_real_and_imaginary(keep).init(tree).inner_state
-
-
-def groups_to_dump(
-    config: NadamConfig | None,
-    param_groups: Sequence[Mapping[str, Any]] | None,
-    config_to: Callable[[NadamConfig], dict[str, Any]],
-) -> Sequence[Mapping[str, Any]]:
-    """The groups of a checkpoint to write: those given, or one made of a config."""
-    if (config is None) == (param_groups is None):
-        raise ValueError(_ONE_OF_TWO.format(got="neither" if config is None else "both"))
-    return [config_to(config)] if config is not None else list(param_groups or ())
+    identity = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
+    return optax.contrib.split_real_and_imaginary(identity).init(tree).inner_state
 
 
 def dump_state(
@@ -266,44 +234,51 @@ def dump_state(
     layout: Layout,
     as_tensor: Callable[[np.ndarray], Any] | None,
 ) -> dict[str, Any]:
-    """The checkpoint of an optimizer state.
+    """The checkpoint of an optimizer state; see :func:`optax_nadam.compat.torch.dump_state`.
 
-    Args:
-      opt_state: a state that holds one Nadam state.
-      from_params: turns a tree like the params into arrays by name, or in order.
-      groups: parameter groups as the checkpoint is to have them; a single one without ``params`` gets all of them.
-      layout: what the checkpoint stores.
-      as_tensor: applied to every array.
-
-    Returns:
-      A dict with ``state`` and ``param_groups``.
+    Of the groups, a single one without ``params`` gets all parameters.
     """
-    state = _numbers_of(opt_state, layout)
+    state = get_numbers(opt_state)
+    _check_real(state, layout)
     m, v = (_by_label(from_params(_merged(tree))) for tree in (state.m, state.v))
     groups = _filled(groups, list(m))
     labels, ids = _dumped_labels(groups, list(m))
     tensor = as_tensor or (lambda array: array)
-    scalars = _dumped_scalars(state, layout, tensor)
     entries = {
-        i: {**scalars(), "exp_avg": tensor(np.array(m[label])), "exp_avg_sq": tensor(np.array(v[label]))}
+        i: {
+            **_dumped_scalars(state, layout, tensor),
+            "exp_avg": tensor(np.array(m[label])),
+            "exp_avg_sq": tensor(np.array(v[label])),
+        }
         for label, i in zip(labels, ids, strict=True)
     }
     return {"state": entries, "param_groups": groups}
 
 
-def _dumped_scalars(
-    state: ScaleByNadamState, layout: Layout, tensor: Callable[[np.ndarray], Any]
-) -> Callable[[], dict[str, Any]]:
-    """Makes a step and a product for each parameter, of its own: torch updates them in place."""
-    values = {"step": np.asarray(state.count, np.float32), layout.product: np.asarray(state.mu_product)}
-    if layout.plain:
-        numbers_only = {"step": int(state.count), layout.product: float(state.mu_product)}
-        return lambda: {key: numbers_only[key] for key in layout.scalars}
-    return lambda: {key: tensor(np.array(values[key])) for key in layout.scalars}
+def groups_to_dump(
+    config: NadamConfig | None,
+    param_groups: Sequence[Mapping[str, Any]] | None,
+    config_to: Callable[[NadamConfig], dict[str, Any]],
+) -> Sequence[Mapping[str, Any]]:
+    """The groups of a checkpoint that is to be written, of which one argument or the other tells."""
+    if (config is None) == (param_groups is None):
+        raise ValueError(
+            "dump_state needs either config, for one group of all parameters, or param_groups, the groups of the"
+            f" optimizer that continues; got {'neither' if config is None else 'both'}."
+        )
+    return [config_to(config)] if param_groups is None else param_groups  # type: ignore[arg-type]  # one is given
+
+
+def _dumped_scalars(state: ScaleByNadamState, layout: Layout, tensor: Callable[[np.ndarray], Any]) -> dict[str, Any]:
+    """Step and product, in arrays of their own for each parameter, since torch updates them in place."""
+    if layout.python_numbers:
+        return dict(zip(layout.scalars, (int(state.count), float(state.mu_product)), strict=False))
+    arrays = np.array(state.count, np.float32), np.array(state.mu_product)
+    return {key: tensor(array) for key, array in zip(layout.scalars, arrays, strict=False)}
 
 
 def _by_label(arrays: Any) -> dict[Any, np.ndarray]:
-    """What ``from_params`` gave, by name or by position."""
+    """What ``from_params`` returned, by name or by position."""
     if not isinstance(arrays, Mapping | Sequence):
         raise TypeError(f"from_params must return a dict or a list of arrays, got {type(arrays).__name__}.")
     return dict(arrays if isinstance(arrays, Mapping) else enumerate(arrays))
@@ -330,10 +305,21 @@ def _dumped_labels(groups: list[dict[str, Any]], labels: list[Label]) -> tuple[l
     return wanted, ids
 
 
+def _is_pair(node: Any) -> bool:
+    """Whether a node stands for a complex leaf."""
+    return getattr(node, "_fields", None) == ("real", "imaginary")
+
+
 def _merged(tree: Any) -> Any:
     """A tree of NumPy arrays, in which pairs are complex arrays again."""
 
     def merge(node: Any) -> np.ndarray:
-        return np.asarray(jax.lax.complex(node.real, node.imaginary) if is_pair(node) else node)
+        return np.asarray(jax.lax.complex(node.real, node.imaginary) if _is_pair(node) else node)
 
-    return jax.tree.map(merge, tree, is_leaf=is_pair)
+    return jax.tree.map(merge, tree, is_leaf=_is_pair)
+
+
+def _check_real(state: ScaleByNadamState, layout: Layout) -> None:
+    """Rejects a state with complex moments."""
+    if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(state.m)):
+        raise ValueError(_COMPLEX.format(optimizer=layout.optimizer))

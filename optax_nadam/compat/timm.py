@@ -9,17 +9,18 @@ from typing import Any
 import numpy as np
 import optax
 
+from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat import _timm_config as configs
-from optax_nadam.compat import _torch_config as torch_configs
 from optax_nadam.compat import _torch_state as states
 from optax_nadam.compat._common import build
+from optax_nadam.compat._torch_config import parse_lr
 
 __all__ = ["config_from", "config_to", "dump_state", "load_state", "nadamlegacy", "nadamw"]
 
 _NADAMW = states.Layout(configs.NADAMW, product=None)
-_LEGACY = states.Layout(configs.LEGACY, product="m_schedule", plain=True)
+_LEGACY = states.Layout(configs.LEGACY, product="m_schedule", python_numbers=True)
 
 
 def nadamw(
@@ -39,10 +40,10 @@ def nadamw(
     r"""``timm.optim.NAdamW``, with its arguments, order and defaults.
 
     Its step is the ``simplified`` rule of :func:`optax_nadam.scale_by_nadam`, with decoupled weight decay. Complex
-    leaves are two real ones, as in timm.
+    leaves are two real ones, as in timm, but that ``caution`` and ``clipping_threshold`` see one part at a time.
 
     Args:
-      lr: learning rate, a number, a scalar array or a schedule; a number is not negative.
+      lr: learning rate, a number, an array or an Optax schedule; a number is not negative.
       betas: decays of the two moments, each in [0, 1).
       eps: added to the root, not negative.
       weight_decay: taken off the parameters, times ``lr``; not negative; 0 for none.
@@ -62,7 +63,7 @@ def nadamw(
 
     Raises:
       ValueError: a number out of range, or ``corrected_weight_decay`` beside a schedule without ``max_lr_snapshot``.
-      TypeError: no number where one is due.
+      TypeError: a value that is no number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -78,18 +79,14 @@ def nadamw(
     Learning <https://arxiv.org/abs/1910.05446>`_, 2019, table 1.
     """
     del foreach, capturable
-    torch_configs.check_lr(lr)
+    if corrected_weight_decay and max_lr_snapshot is None:
+        if not validation.is_number(lr):
+            raise ValueError(f"max_lr_snapshot must be the largest lr where lr is no number, got lr={lr!r}.")
+        max_lr_snapshot = lr
     fields = configs.fields(
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        caution=caution,
-        corrected_weight_decay=corrected_weight_decay,
-        max_lr_snapshot=configs.peak_lr(lr, corrected_weight_decay, max_lr_snapshot),
-        maximize=maximize,
-        clipping_threshold=clipping_threshold,
+        betas, eps, weight_decay, caution, corrected_weight_decay, maximize, clipping_threshold, max_lr_snapshot
     )
-    return build(lr, configs.NAMES, fields)
+    return build(parse_lr(lr), configs.NAMES, fields)
 
 
 def nadamlegacy(
@@ -105,7 +102,7 @@ def nadamlegacy(
     they are, are not offered as there.
 
     Args:
-      lr: learning rate, a number, a scalar array or a schedule; a number is not negative.
+      lr: learning rate, a number, an array or an Optax schedule; a number is not negative.
       betas: decays of the two moments, each in [0, 1).
       eps: added to the root, not negative.
       weight_decay: added to the gradient, times the parameters; not negative; 0 for none.
@@ -117,7 +114,7 @@ def nadamlegacy(
 
     Raises:
       ValueError: a number out of range.
-      TypeError: no number where one is due.
+      TypeError: a value that is no number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -131,9 +128,8 @@ def nadamlegacy(
 
     Source: ``timm/optim/nadam.py`` of timm 1.0.31.
     """
-    torch_configs.check_lr(lr)
-    fields = configs.legacy_fields(betas=betas, eps=eps, weight_decay=weight_decay, schedule_decay=schedule_decay)
-    return build(lr, configs.LEGACY_NAMES, fields)
+    fields = configs.legacy_fields(betas, eps, weight_decay, schedule_decay)
+    return build(parse_lr(lr), configs.LEGACY_NAMES, fields)
 
 
 def config_from(config: Mapping[str, Any]) -> NadamConfig:
@@ -143,7 +139,7 @@ def config_from(config: Mapping[str, Any]) -> NadamConfig:
     ``lr_scale``, is not read. Groups of older releases, which lack some keys of NAdamW, are read as timm reads them.
 
     Args:
-      config: a group, an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
+      config: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
 
     Returns:
       The config. It builds what :func:`nadamw` or :func:`nadamlegacy` builds.
@@ -151,7 +147,7 @@ def config_from(config: Mapping[str, Any]) -> NadamConfig:
     Raises:
       ValueError: a key is missing or unknown, or a number is out of range. An older release with
         ``corrected_weight_decay`` wrote no ``max_lr_snapshot``: add it, the ``lr`` that the optimizer was made with.
-      TypeError: no number where one is due.
+      TypeError: a value that is no number.
 
     Examples:
       >>> from optax_nadam.compat import timm as timm_names
@@ -181,7 +177,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
       The group's keys but ``params``.
 
     Raises:
-      ValueError: a field is set that the optimizer cannot follow, or the rule is another; named in the text.
+      ValueError: the config has something that the optimizer cannot express; named in the text.
 
     Examples:
       >>> import optax_nadam
@@ -206,7 +202,7 @@ def load_state(
     weights: Mapping[str, Any] | Sequence[Any] | None = None,
     mismatch: str = "raise",
 ) -> Any:
-    """The optimizer state that continues where timm's ``NAdamW`` or ``NAdamLegacy`` stopped, with its next step.
+    """The optimizer state that continues where timm's ``NAdamW`` or ``NAdamLegacy`` stopped: the next step is theirs.
 
     Hyperparameters are not read: build the optimizer with :func:`config_from` or a constructor first. Which of the two
     wrote the checkpoint is seen by its groups' keys. Where groups have Nadams of their own (``optax.partition``),
@@ -218,8 +214,8 @@ def load_state(
       to_params: the function that turns the model's weights, NumPy arrays by name as in its ``state_dict()``, into
         the params tree, transposes and all. The moments have the shapes of the weights and go the same way. Where
         parameters have no names, it gets a list in the optimizer's order.
-      config: the hyperparameters of the optimizer that continues. NAdamW stores no product of the momenta; it is
-        computed from these, or from the first group where they are not given.
+      config: the hyperparameters of the optimizer that continues, from which a product of the momenta that ``source``
+        does not store is computed; None for those of the checkpoint's own groups.
       names: names of the parameters in the optimizer's order, group after group. None takes those of the groups.
       weights: the model's weights as ``to_params`` takes them, whose shapes are read for what has no moments yet.
       mismatch: ``"raise"``, or ``"largest"`` to continue from the largest step, where parameters have taken different
@@ -251,12 +247,17 @@ def load_state(
 
     Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    groups = states.groups_of(source, _NADAMW)
-    layout = _layout_of(groups)
-    if config is None and layout.product is None:
-        config = configs.config_from(groups[0])
+    groups = states.groups_of(source, configs.NADAMW)
     return states.load_state(
-        opt_state, source, to_params, layout=layout, config=config, names=names, weights=weights, mismatch=mismatch
+        opt_state,
+        source,
+        to_params,
+        layout=_layout_of(groups),
+        checkpoint_config=lambda: configs.config_from(groups[0]),
+        config=config,
+        names=names,
+        weights=weights,
+        mismatch=mismatch,
     )
 
 
@@ -274,11 +275,11 @@ def dump_state(
       opt_state: a state that holds one Nadam, which treats complex leaves as two real ones.
       from_params: the inverse of ``to_params``: turns the params tree into NumPy arrays by name, or into a list of
         them, **in the order of the optimizer's parameters**. torch goes by order alone.
-      config: the hyperparameters, which make one group of all parameters; with the rule ``scheduled``, one of
-        NAdamLegacy.
-      param_groups: in place of a config, the groups that are wanted, best those of the optimizer that is to continue,
+      config: the hyperparameters, for one group of all parameters.
+      param_groups: in place of ``config``, the groups that are wanted, best those of the optimizer that continues,
         ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``, arrays by name are put in their
-        order. A group with ``schedule_decay`` is NAdamLegacy's.
+        order. A group with ``schedule_decay``, or a config with the rule
+        ``scheduled``, is NAdamLegacy's.
       as_tensor: what makes a tensor of an array, ``torch.from_numpy``. torch's ``load_state_dict`` needs tensors;
         None leaves NumPy arrays.
 
@@ -287,8 +288,7 @@ def dump_state(
       gave names.
 
     Raises:
-      ValueError: the parameters do not fit the groups; both or neither of ``config`` and ``param_groups``; or as
-        :func:`config_to`.
+      ValueError: the parameters do not fit the groups; or as :func:`config_to`.
       TypeError: ``from_params`` returned neither a dict nor a list.
 
     Examples:

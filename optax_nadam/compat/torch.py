@@ -17,7 +17,7 @@ from optax_nadam.compat._common import build
 
 __all__ = ["config_from", "config_to", "dump_state", "load_state", "nadam"]
 
-_LAYOUT = states.Layout(configs.SIDE, product="mu_product")
+_LAYOUT = states.Layout(configs.OPTIMIZER, product="mu_product")
 
 
 def nadam(
@@ -40,7 +40,7 @@ def nadam(
     is skipped in torch and takes part here.
 
     Args:
-      lr: learning rate, a number, a scalar array or a schedule; a number is not negative.
+      lr: learning rate, a number, an array or an Optax schedule; a number is not negative.
       betas: decays of the two moments, each in [0, 1).
       eps: added to the root, not negative.
       weight_decay: not negative; 0 for none.
@@ -60,7 +60,7 @@ def nadam(
 
     Raises:
       ValueError: a number out of range.
-      TypeError: no number where one is due.
+      TypeError: a value that is no number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -75,16 +75,8 @@ def nadam(
     Source: ``torch/optim/nadam.py`` of torch 2.13.
     """
     del foreach, capturable, differentiable
-    configs.check_lr(lr)
-    fields = configs.fields(
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        momentum_decay=momentum_decay,
-        decoupled_weight_decay=decoupled_weight_decay,
-        maximize=maximize,
-    )
-    return build(lr, configs.NAMES, fields)
+    fields = configs.fields(betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, maximize)
+    return build(configs.parse_lr(lr), configs.NAMES, fields)
 
 
 def config_from(config: Mapping[str, Any], *, rule: str | None = None) -> NadamConfig:
@@ -95,7 +87,7 @@ def config_from(config: Mapping[str, Any], *, rule: str | None = None) -> NadamC
     versions divided by another product of momenta; but not with ``foreach=True``, which was right even then.
 
     Args:
-      config: a group, an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
+      config: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
       rule: ``"scheduled"`` for the step of torch 2, ``"torch1"`` for that of torch 1, or None to go by the keys.
 
     Returns:
@@ -104,7 +96,7 @@ def config_from(config: Mapping[str, Any], *, rule: str | None = None) -> NadamC
     Raises:
       ValueError: a key is missing or unknown, a number is out of range, or the group is of a differentiable optimizer
         of torch 2.0, whose step was neither rule.
-      TypeError: no number where one is due.
+      TypeError: a value that is no number.
 
     Examples:
       >>> from optax_nadam.compat import torch as torch_names
@@ -134,7 +126,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
       All arguments but ``params``.
 
     Raises:
-      ValueError: a field is set that torch has no argument for, or the rule is not ``scheduled``; named in the text.
+      ValueError: a field is set that torch cannot express; named in the text.
 
     Examples:
       >>> import optax_nadam
@@ -158,7 +150,7 @@ def load_state(
     weights: Mapping[str, Any] | Sequence[Any] | None = None,
     mismatch: str = "raise",
 ) -> Any:
-    """The optimizer state that continues where a ``torch.optim.NAdam`` stopped, with the step that torch would take.
+    """The optimizer state that continues where a ``torch.optim.NAdam`` stopped: the next step is torch's next.
 
     Hyperparameters are not read: build the optimizer with :func:`config_from` or :func:`nadam` first. Where groups
     have Nadams of their own (``optax.partition``), load each part of the state by itself, from a source with its group
@@ -171,7 +163,8 @@ def load_state(
       to_params: the function that turns the model's weights, NumPy arrays by name as in its ``state_dict()``, into
         the params tree, transposes and all. The moments have the shapes of the weights and go the same way. Where
         parameters have no names, it gets a list in the optimizer's order.
-      config: not needed: the checkpoint stores the product of the momenta.
+      config: the hyperparameters of the optimizer that continues, from which a product of the momenta that ``source``
+        does not store is computed; None for those of the checkpoint's own groups.
       names: names of the parameters in the optimizer's order, group after group. None takes those of the groups, which
         are there where the optimizer was made of ``model.named_parameters()`` (torch 2.6 and later).
       weights: the model's weights as ``to_params`` takes them, whose shapes are read for what has no moments yet.
@@ -208,6 +201,7 @@ def load_state(
         source,
         to_params,
         layout=_LAYOUT,
+        checkpoint_config=lambda: config_from(source["param_groups"][0]),
         config=config,
         names=names,
         weights=weights,
@@ -229,8 +223,8 @@ def dump_state(
       opt_state: a state that holds one Nadam, which treats complex leaves as two real ones.
       from_params: the inverse of ``to_params``: turns the params tree into NumPy arrays by name, or into a list of
         them, **in the order of the torch optimizer's parameters**. torch goes by order alone.
-      config: the hyperparameters, which make one group of all parameters.
-      param_groups: in place of a config, the groups that are wanted, best those of the optimizer that is to continue,
+      config: the hyperparameters, for one group of all parameters.
+      param_groups: in place of ``config``, the groups that are wanted, best those of the optimizer that continues,
         ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``, arrays by name are put in their
         order.
       as_tensor: what makes a tensor of an array, ``torch.from_numpy``. torch's ``load_state_dict`` needs tensors;
@@ -241,8 +235,7 @@ def dump_state(
       gave names.
 
     Raises:
-      ValueError: the parameters do not fit the groups; both or neither of ``config`` and ``param_groups``; or as
-        :func:`config_to`.
+      ValueError: the parameters do not fit the groups; or as :func:`config_to`.
       TypeError: ``from_params`` returned neither a dict nor a list.
 
     Examples:

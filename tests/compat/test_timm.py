@@ -50,7 +50,7 @@ def test_caution_on_three_numbers(caution, expected):
     np.testing.assert_allclose(trajectory[-1], expected, atol=2e-7)
 
 
-def test_corrected_weight_decay_falls_with_the_square_of_the_rate():
+def test_corrected_weight_decay_falls_with_the_square_of_lr():
     params, grads = problem(1, steps=5)
 
     def decay(lr, **options):
@@ -62,8 +62,8 @@ def test_corrected_weight_decay_falls_with_the_square_of_the_rate():
     np.testing.assert_allclose(decay(0.1, corrected_weight_decay=True), 0.05, rtol=1e-4)
     np.testing.assert_allclose(decay(0.1, corrected_weight_decay=True, max_lr_snapshot=0.4), 0.0125, rtol=1e-4)
     np.testing.assert_allclose(decay(0.1, max_lr_snapshot=0.4), 0.05, rtol=1e-4)
-    rate = optax.constant_schedule(0.1)
-    np.testing.assert_allclose(decay(rate, corrected_weight_decay=True, max_lr_snapshot=0.4), 0.0125, rtol=1e-4)
+    schedule = optax.constant_schedule(0.1)
+    np.testing.assert_allclose(decay(schedule, corrected_weight_decay=True, max_lr_snapshot=0.4), 0.0125, rtol=1e-4)
 
 
 def test_execution_only_arguments_change_nothing():
@@ -142,7 +142,7 @@ def test_groups_of_older_releases_are_read():
         (OLD_GROUP | {"corrected_weight_decay": True}, r"with corrected_weight_decay lacks max_lr_snapshot"),
         (GROUP | {"corrected_weight_decay": True, "max_lr_snapshot": 0.0}, r"max_lr_snapshot must be .*positive"),
     ],
-    ids=["AdamW", "torch", "legacy", "LaProp", "without lr", "old corrected", "rate 0"],
+    ids=["AdamW", "torch", "legacy", "LaProp", "without lr", "old corrected", "lr 0"],
 )
 def test_groups_of_others_are_rejected(group, text):
     with pytest.raises(ValueError, match=text):
@@ -182,16 +182,18 @@ UNSUPPORTED_IN_LEGACY: dict[str, Any] = UNSUPPORTED | {
     [("simplified", *field) for field in UNSUPPORTED.items()]
     + [("scheduled", *field) for field in UNSUPPORTED_IN_LEGACY.items()],
 )
-def test_fields_without_counterpart_are_rejected_by_name(rule, name, value):
-    with pytest.raises(ValueError, match=f"timm.optim.* cannot express {name}="):
+def test_fields_that_timm_cannot_express_are_rejected_by_name(rule, name, value):
+    with pytest.raises(ValueError, match=f"timm.optim.NAdam[A-Za-z]* cannot express {name}="):
         ours.config_to(NadamConfig(**{"rule": rule, name: value}))
 
 
 def test_weight_decay_of_the_other_kind_is_rejected():
-    with pytest.raises(ValueError, match="NAdamW cannot express coupled_weight_decay=True"):
+    with pytest.raises(
+        ValueError, match=r"NAdamW cannot express coupled_weight_decay=True.*no weight decay to the gradient"
+    ):
         ours.config_to(NadamConfig(rule="simplified", weight_decay=0.1, coupled_weight_decay=True))
     with pytest.raises(
-        ValueError, match=r"NAdamLegacy cannot express coupled_weight_decay=False. It adds weight decay to the"
+        ValueError, match=r"NAdamLegacy cannot express coupled_weight_decay=False.*weight decay to the gradient"
     ):
         ours.config_to(NadamConfig(weight_decay=0.1))
     assert ours.config_to(NadamConfig())["weight_decay"] == 0
@@ -204,7 +206,7 @@ def test_other_rules_are_rejected():
 
 
 @pytest.mark.parametrize(("name", "decay"), [("checkpoint", None), ("legacy", 0.5)])
-def test_we_go_on_from_a_recorded_checkpoint(name, decay):
+def test_we_continue_from_a_recorded_checkpoint(name, decay):
     checkpoint, (at, grads, then) = RECORDED.checkpoint(name), RECORDED.after(name)
     config = ours.config_from(checkpoint["param_groups"][0])
     tx = config.build()

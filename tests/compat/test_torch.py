@@ -114,7 +114,7 @@ def test_a_schedule_and_an_array_are_learning_rates():
         assert gap(trajectory, expected, 0.01) < 1e-4
 
 
-def test_the_rate_can_be_injected():
+def test_lr_can_be_injected():
     static = ("eps", "weight_decay", "momentum_decay")
     tx = optax.inject_hyperparams(ours.nadam, static_args=static)(lr=0.01)
     params = jnp.ones(2)
@@ -136,7 +136,7 @@ def test_execution_only_arguments_change_nothing():
     ("arguments", "kind", "text"),
     [
         ({"lr": -1.0}, ValueError, r"lr must be finite and not negative, got -1.0"),
-        ({"lr": "fast"}, TypeError, r"lr must be a number, a scalar array, .*, got 'fast'"),
+        ({"lr": "fast"}, TypeError, r"^lr must be a number, a scalar array, an optax.Schedule or .*, got 'fast'"),
         ({"betas": (0.9, 1.0)}, ValueError, r"betas\[1\] must be in \[0, 1\), got 1.0"),
         ({"betas": 0.9}, ValueError, r"betas must be a pair of numbers, got 0.9"),
         ({"betas": ("a", 0.9)}, TypeError, r"betas\[0\] must be a number, got 'a'"),
@@ -190,7 +190,7 @@ def test_every_key_reaches_the_config():
     ("change", "text"),
     [
         ({"amsgrad": False, "fused": None}, r"torch.optim.NAdam group has unknown keys amsgrad, fused"),
-        ({"momentum_decay": None}, r"the torch.optim.NAdam group lacks momentum_decay; it has betas"),
+        ({"momentum_decay": None}, r"torch.optim.NAdam group lacks momentum_decay; it has betas"),
         ({"lr": -0.1}, r"lr must be finite and not negative, got -0.1"),
         ({"betas": (0.9, 0.99, 0.999)}, r"betas must be a pair of numbers"),
     ],
@@ -203,7 +203,7 @@ def test_groups_of_others_are_rejected(change, text):
 
 def test_the_differentiable_step_of_torch_2_0_is_rejected():
     group = {key: value for key, value in GROUP.items() if key in KEYS["2.0"]} | {"differentiable": True}
-    with pytest.raises(ValueError, match=r"optax_nadam cannot express differentiable=True.*rule='scheduled'"):
+    with pytest.raises(ValueError, match=r"NadamConfig cannot express differentiable=True.*rule='scheduled'"):
         ours.config_from(group)
     assert ours.config_from(group, rule="scheduled").rule == "scheduled"
     assert ours.config_from(group | {"capturable": False}).rule == "scheduled"
@@ -240,7 +240,7 @@ UNSUPPORTED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_fields_without_counterpart_are_rejected_by_name(name):
+def test_fields_that_torch_cannot_express_are_rejected_by_name(name):
     with pytest.raises(ValueError, match=f"torch.optim.NAdam cannot express {name}="):
         ours.config_to(NadamConfig(**{name: UNSUPPORTED[name]}))
 
@@ -251,7 +251,9 @@ def test_a_schedule_is_rejected():
         "name": "inverse_time_decay",
         "arguments": {"initial_learning_rate": 0.1, "decay_steps": 1.0, "decay_rate": 0.5},
     }
-    with pytest.raises(ValueError, match=r"cannot express learning_rate=.*inverse_time_decay"):
+    with pytest.raises(
+        ValueError, match=r"cannot express learning_rate=.*inverse_time_decay.*torch.optim.lr_scheduler"
+    ):
         ours.config_to(NadamConfig.from_dict(fields))
 
 
@@ -270,7 +272,7 @@ def test_every_field_is_either_rejected_or_written():
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "torch1"])
-def test_we_go_on_from_a_recorded_checkpoint(name):
+def test_we_continue_from_a_recorded_checkpoint(name):
     checkpoint, (at, grads, then) = RECORDED.checkpoint(name), RECORDED.after(name)
     names = [n for group in checkpoint["param_groups"] for n in group["param_names"]]
     assert names == ["conv", "kernel", "scale", "bias"]
@@ -377,7 +379,7 @@ def test_complex_moments_come_and_go():
     assert dumped["state"][0]["exp_avg"].dtype == np.complex64
 
 
-def test_whole_complex_leaves_are_rejected():
+def test_complex_moments_are_rejected():
     params = {"z": jnp.zeros(2, jnp.complex64)}
     state = NadamConfig().build().init(params)
     with pytest.raises(ValueError, match=r"has complex moments.*complex_as_real=True"):
@@ -562,8 +564,8 @@ def test_from_params_that_do_not_fit(from_params, kind, text):
 
 
 def test_a_config_of_another_rule_is_not_dumped():
-    with pytest.raises(ValueError, match=r"torch.optim.NAdam cannot express rule='constant'"):
-        ours.dump_state(load(RECORDED.checkpoint("checkpoint")), keep, config=NadamConfig(rule="constant"))
+    with pytest.raises(ValueError, match=r"torch.optim.NAdam cannot express rule='simplified'"):
+        ours.dump_state(load(RECORDED.checkpoint("checkpoint")), keep, config=NadamConfig(rule="simplified"))
 
 
 def test_a_state_without_nadam_is_rejected():

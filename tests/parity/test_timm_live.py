@@ -133,7 +133,7 @@ def test_corrected_weight_decay_follows_a_schedule():
         optax.linear_schedule(0.02, 0.002, 40), weight_decay=0.5, corrected_weight_decay=True, max_lr_snapshot=0.02
     )
     trajectory, _ = run(tx, params, grads)
-    # The rate itself is rounded to float32 here, at every step.
+    # lr itself is rounded to float32 here, at every step.
     assert gap(trajectory, stack(expected), 0.02) < bound(params, grads, 0.02)
 
 
@@ -175,7 +175,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_we_go_on_where_timm_stopped(name, tmp_path):
+def test_we_continue_where_timm_stopped(name, tmp_path):
     optimizer, kwargs = OPTIMIZERS[name]
     params, grads = problem(6, steps=BEFORE + AFTER)
     theirs = Theirs(params, in_groups(optimizer, **kwargs))
@@ -190,7 +190,7 @@ def test_we_go_on_where_timm_stopped(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_timm_goes_on_where_we_stopped(name, tmp_path):
+def test_timm_continues_where_we_stopped(name, tmp_path):
     optimizer, kwargs = OPTIMIZERS[name]
     params, grads = problem(7, steps=BEFORE + AFTER)
     tx = getattr(ours, name)(**kwargs)

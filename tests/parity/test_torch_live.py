@@ -152,7 +152,7 @@ KWARGS: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.99), "momentum_decay": 0.
 @strict_optax
 @pytest.mark.parametrize("kind", [problem, complex_problem], ids=["real", "complex"])
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-def test_we_go_on_where_torch_stopped(kind, foreach, tmp_path):
+def test_we_continue_where_torch_stopped(kind, foreach, tmp_path):
     params, grads = kind(6, steps=BEFORE + AFTER)
     make = in_groups(torch.optim.NAdam, foreach=foreach, **KWARGS)
     theirs, at, checkpoint = started(make, params, grads[:BEFORE], tmp_path)
@@ -166,7 +166,7 @@ def test_we_go_on_where_torch_stopped(kind, foreach, tmp_path):
 
 @strict_optax
 @pytest.mark.parametrize("kind", [problem, complex_problem], ids=["real", "complex"])
-def test_torch_goes_on_where_we_stopped(kind, tmp_path):
+def test_torch_continues_where_we_stopped(kind, tmp_path):
     params, grads = kind(7, steps=BEFORE + AFTER)
     tx = ours.nadam(**KWARGS)
     trajectory, state = run(tx, params, grads[:BEFORE])
@@ -193,7 +193,7 @@ def test_a_config_makes_a_group_that_torch_takes(tmp_path):
     assert gap(theirs.run(grads[BEFORE:]), expected, 0.01) < RESUMED
 
 
-def test_torch_goes_on_in_place_without_changing_what_we_loaded():
+def test_torch_continues_in_place_without_changing_what_we_loaded():
     params, grads = problem(9, steps=3)
     theirs = Theirs(params, nadam(lr=0.01))
     theirs.run(grads[:2])
@@ -262,7 +262,7 @@ def train_params(tx, params, state, x, y, steps):
 
 
 @pytest.mark.lenient("a network with plain broadcasting")
-def test_a_network_trains_on_there_and_here(tmp_path):
+def test_a_network_continues_there_and_here(tmp_path):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 2, 3, 3), (8, 4)))
