@@ -158,3 +158,129 @@ def test_loading_beside_every_other_transformation():
         assert_loading_changes_nadam_and_schedules_and_nothing_else(optax.partition(parts, labels), PARAMS, masked)
         chained = optax.chain(beside(name), optax_nadam.nadamw(SCHEDULE, rule="constant"))
         assert_loading_changes_nadam_and_schedules_and_nothing_else(chained, PARAMS, PARAMS)
+
+
+def mesh():
+    return jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def sharded(params, memory_kind=None):
+    """Each leaf of more than one axis split over eight devices, the others on all of them."""
+
+    def place(p):
+        spec = jax.sharding.PartitionSpec("data") if p.ndim > 1 else jax.sharding.PartitionSpec()
+        return jax.device_put(p, jax.sharding.NamedSharding(mesh(), spec, memory_kind=memory_kind))
+
+    return jax.tree.map(place, params)
+
+
+LARGE = {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(5)}
+
+
+@pytest.mark.parametrize("narrow", [{}, {"m_dtype": "int8", "v_dtype": "bfloat16"}], ids=["float32", "narrow"])
+@pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
+def test_a_loaded_state_is_where_the_fresh_one_is(narrow, memory_kind):
+    tx = optax_nadam.nadamw(SCHEDULE, **narrow)
+    params = sharded(LARGE)
+    fresh = jax.jit(tx.init)(params)
+    if memory_kind is not None:
+        fresh = jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(memory_kind)), fresh)
+    loaded = compat.optax.load_state(fresh, source(LARGE), config=CONFIG)
+    for x, like in zip(jax.tree.leaves(loaded), jax.tree.leaves(fresh), strict=True):
+        assert x.sharding == like.sharding
+        assert x.sharding.memory_kind == like.sharding.memory_kind
+    moved = optax_nadam.set_count(fresh, 7, CONFIG)
+    for x, like in zip(jax.tree.leaves(moved), jax.tree.leaves(fresh), strict=True):
+        assert x.sharding == like.sharding
+
+
+def test_a_state_on_the_default_device_stays_free_to_move():
+    """What nobody has placed may be computed with on any device, before and after loading."""
+    tx = optax_nadam.nadamw(SCHEDULE)
+    loaded = compat.optax.load_state(tx.init(PARAMS), source(PARAMS), config=CONFIG)
+    elsewhere = jax.device_put(PARAMS, jax.devices()[3])
+    updates, _ = tx.update(elsewhere, loaded, elsewhere)
+    assert updates["a"].devices() == {jax.devices()[3]}
+
+
+@pytest.mark.parametrize("change", ["load_state", "set_count"])
+def test_a_loaded_state_can_be_donated(change):
+    """Each counter is an array of its own: no array may be donated twice."""
+    tx = inject(optax_nadam.nadamw)(SCHEDULE, weight_decay=SCHEDULE)
+    fresh = tx.init(PARAMS)
+    if change == "load_state":
+        state = compat.optax.load_state(fresh, source(PARAMS), config=CONFIG)
+    else:
+        state = optax_nadam.set_count(fresh, 7, CONFIG)
+    pointers = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state)]
+    assert len(set(pointers)) == len(pointers)
+    _, state = jax.jit(tx.update, donate_argnums=1)(PARAMS, state, PARAMS)
+    assert get_state(state).count == (COUNT if change == "load_state" else 7) + 1
+
+
+inject = optax.inject_hyperparams
+UNDER_INJECTION: dict[str, tuple[Any, Any]] = {
+    "nadam": (optax_nadam.nadam, {}),
+    "nadamw": (optax_nadam.nadamw, {}),
+    "compat.optax.nadam": (compat.optax.nadam, {}),
+    "compat.optax.nadamw": (compat.optax.nadamw, {}),
+    "compat.algoperf.nadamw": (compat.algoperf.nadamw, "power"),
+    "compat.keras.nadam": (compat.keras.nadam, "beta_1"),
+    "compat.keras.legacy_nadam": (compat.keras.legacy_nadam, "beta_1"),
+    "compat.torch.nadam": (compat.torch.nadam, "eps"),
+    "compat.timm.nadamw": (compat.timm.nadamw, "eps"),
+    "compat.timm.nadamlegacy": (compat.timm.nadamlegacy, "eps"),
+}
+
+
+def static_args_of(make):
+    """All its arguments but the learning rate, which is its first."""
+    return tuple(inspect.signature(make).parameters)[1:]
+
+
+@pytest.mark.parametrize("name", UNDER_INJECTION)
+def test_constructors_under_inject_hyperparams(name):
+    """Each works as it is, or says what to name in ``static_args``; and then it works."""
+    make, wants = UNDER_INJECTION[name]
+    first = next(iter(inspect.signature(make).parameters))
+    if wants:
+        with pytest.raises(TypeError, match=f"{wants} must be a number, got .*static_args"):
+            inject(make)(**{first: 0.1}).init(PARAMS)
+    tx = inject(make, static_args=static_args_of(make) if wants else ())(**{first: 0.1})
+    state = tx.init(PARAMS)
+    state.hyperparams[first] = jnp.float32(0.2)
+    updates, _ = jax.jit(tx.update)(PARAMS, state, PARAMS)
+    plain = make(0.2)
+    expected, _ = plain.update(PARAMS, plain.init(PARAMS), PARAMS)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5)
+
+
+def test_a_dtype_that_was_called_as_a_schedule_is_refused():
+    with pytest.raises(TypeError, match=r"m_dtype is an array.*write \"bfloat16\", or static_args=\('m_dtype',\)"):
+        inject(optax_nadam.nadamw)(0.1, m_dtype=jnp.bfloat16).init(PARAMS)
+    tx = inject(optax_nadam.nadamw, static_args="m_dtype")(0.1, m_dtype=jnp.bfloat16)
+    assert get_state(tx.init(PARAMS)).m["a"].dtype == jnp.bfloat16
+
+
+def test_decays_that_injection_made_bfloat16_are_refused():
+    """As bfloat16, 0.999 is 1, and every update NaN."""
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    with pytest.raises(TypeError, match=r"b1 has dtype bfloat16, in which 0.999 is 1. Pass hyperparam_dtype=jnp.float"):
+        inject(optax_nadam.nadamw)(0.1).init(narrow)
+    tx = inject(optax_nadam.nadamw, hyperparam_dtype=jnp.float32)(0.1)
+    updates, _ = tx.update(narrow, tx.init(narrow), narrow)
+    assert all(jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "place"), [("count", 3, "state.count"), ("mu_product", 0.5, "state.mu_product")]
+)
+def test_python_numbers_in_a_state_are_named(field, value, place):
+    tx = optax_nadam.scale_by_nadam()
+    state = tx.init(PARAMS)._replace(**{field: value})
+    with pytest.raises(
+        TypeError, match=rf"scale_by_nadam got a state in which {place} is {value}, where it has an arr"
+    ):
+        tx.update(PARAMS, state)
+    with pytest.raises(TypeError, match=rf"opt_state got a state in which {place} is {value}"):
+        compat.optax.load_state(state, source(PARAMS), config=CONFIG)
