@@ -258,7 +258,7 @@ def test_errors(rng):
         tx.update(params | {"w": params["norm"]}, state, params)
     with pytest.raises(ValueError, match=r"gradients differ in structure.*missing \['norm'\]"):
         tx.update({"w": params["w"]}, state, params)
-    with pytest.raises(ValueError, match=r"compensated got a state that belongs to another optimizer: tuple"):
+    with pytest.raises(ValueError, match=r"compensated got the state of another optimizer: tuple"):
         tx.update(params, nadamw().init(params), params)
     with pytest.raises(ValueError, match="must hold one CompensatedState, but holds 0"):
         master_params(nadamw().init(params), params)

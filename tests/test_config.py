@@ -215,7 +215,7 @@ def test_configs_are_static_arguments_of_jit():
 
 def test_decay_beside_a_schedule_is_rejected():
     schedule = ScheduleConfig("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10})
-    with pytest.raises(ValueError, match=r"learning_rate_decay must be 0 beside a schedule, got 0\.1"):
+    with pytest.raises(ValueError, match=r"learning_rate_decay must be 0 where learning_rate is a schedule, got 0\.1"):
         NadamConfig(learning_rate=schedule, learning_rate_decay=0.1)
 
 

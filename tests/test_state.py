@@ -103,7 +103,7 @@ def test_bad_arguments():
     state = scale_by_nadam().init(jnp.ones(3))
     with pytest.raises(ValueError, match=r"v_dtype must be None, int8, .*got 'int4'"):
         convert_moments(state, m_dtype=None, v_dtype="int4")
-    with pytest.raises(ValueError, match="must hold a ScaleByNadamState, but holds none"):
+    with pytest.raises(ValueError, match=r"must hold a ScaleByNadamState, but holds none\. Pass what"):
         convert_moments(optax.adam(0.1).init(jnp.ones(3)), m_dtype=None, v_dtype=None)
 
 

@@ -215,7 +215,7 @@ def test_clipping_by_the_rms_takes_the_absolute_value():
 
 
 def test_rows_without_gradient_stay_while_their_moments_decay():
-    tx = _wrappers.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "dense": False})
+    tx = _wrappers.freeze_rows_without_gradient(scale_by_nadam(), {"table": True, "dense": False})
     params = {"table": jnp.ones((3, 2)), "dense": jnp.ones((3, 2))}
     state = tx.init(params)
     first = {name: jnp.asarray([[1.0, 2.0], [0.5, 1.0], [0.0, 0.0]]) for name in params}
@@ -235,8 +235,8 @@ def test_rows_are_chosen_by_a_function_too():
         return jax.tree.map(lambda p: p.ndim == 2, params)
 
     params = {"table": jnp.ones((3, 2)), "bias": jnp.ones(2)}
-    chosen = _wrappers.keep_rows_without_gradient(scale_by_nadam(), mask)
-    fixed = _wrappers.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "bias": False})
+    chosen = _wrappers.freeze_rows_without_gradient(scale_by_nadam(), mask)
+    fixed = _wrappers.freeze_rows_without_gradient(scale_by_nadam(), {"table": True, "bias": False})
     state = chosen.init(params)._replace(m=params, v=params)
     grads = {"table": jnp.asarray([[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]]), "bias": jnp.zeros(2)}
     updates, _ = chosen.update(grads, state)
