@@ -1,4 +1,4 @@
-"""NadamConfig: its way through JSON, its errors, and what it builds."""
+"""NadamConfig: JSON, errors, and what it builds."""
 
 import dataclasses
 import functools
@@ -249,7 +249,7 @@ def test_a_peak_learning_rate_makes_weight_decay_fall_with_the_square_of_the_rat
 
 
 @pytest.mark.lenient("Optax's wrapper mixes dtypes")
-def test_complex_as_real_treats_the_parts_apart(rng):
+def test_complex_as_real_treats_the_parts_separately(rng):
     parts = rng.normal(size=(2, 10, 3))
     grads = jnp.asarray(parts[0] + 1j * parts[1], jnp.complex64)
     got = run(NadamConfig(learning_rate=0.1, complex_as_real=True).build(), jnp.zeros(3, jnp.complex64), grads)

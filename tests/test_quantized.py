@@ -1,4 +1,4 @@
-"""Codes of a byte: of every number either neighbour, right in the mean; rows, scales and sizes."""
+"""Codes of a byte: one of the two next to each number, unbiased; rows, scales and sizes."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ def of(dtype, shape):
 
 
 def levels(dtype):
-    """Every number there is, for a scale of 1."""
+    """Every number that a code stands for, with a scale of 1."""
     codes = jnp.arange(-127, 128, dtype=dtype) if dtype == SIGNED else jnp.arange(256).astype(dtype)
     return np.asarray(Quantized(codes, jnp.ones((), jnp.bfloat16)).decode(jnp.float32), float)
 
@@ -37,7 +37,7 @@ def test_levels_are_squares_with_a_sign_and_fourth_powers():
 @pytest.mark.parametrize("scale", [1.0, 2.0**-100, 2.0**90])
 @pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
 @pytest.mark.parametrize("share", [0.999, 0.7, 0.1234, 0.01, 3e-4, 2e-6])
-def test_either_neighbour_and_right_in_the_mean(dtype, share, scale):
+def test_either_neighbour_and_unbiased(dtype, share, scale):
     rows = jnp.full((MANY // 64, 64), np.float32(share * scale)).at[:, 0].set(scale)
     kept = quantize(rows, of(dtype, rows.shape), CHANCE)
     got = np.asarray(kept.decode(jnp.float32), float)[:, 1:] / scale

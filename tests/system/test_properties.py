@@ -82,7 +82,7 @@ def assert_documented(state, tree, steps):
 
 
 def assert_within(got, expected, scale, dtype, narrow=None):
-    """Right to a few roundings of the largest number met on the way, and to the one rounding to a narrow dtype."""
+    """Equal to within a few roundings of the largest intermediate number, and one rounding to a narrow dtype."""
     got = np.asarray(got).astype(expected.dtype)
     computed = 4e-7 if jnp.finfo(dtype).bits <= 32 else 1e-14
     stored = jnp.finfo(narrow or dtype)
@@ -92,7 +92,7 @@ def assert_within(got, expected, scale, dtype, narrow=None):
 
 
 def check(reference, tree, steps, seed):
-    """Takes the steps and compares all there is."""
+    """Takes the steps and compares updates and state."""
     rng = np.random.default_rng(seed)
     grads = jax.tree.map(lambda leaf: gradients(rng, leaf, steps), tree)
     h = {name: getattr(reference, name) for name in _rules.Hyperparameters._fields}
