@@ -22,8 +22,8 @@ _NOT_A_NUMBER = (
     " optax.inject_hyperparams."
 )
 _NARROW = (
-    "{name} has dtype {dtype}, in which 0.999 is 1. Pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams, or"
-    " an array of float32."
+    "{name} has dtype {dtype}, too narrow near 1: in bfloat16 0.999 is 1. Pass hyperparam_dtype=jnp.float32 to"
+    " optax.inject_hyperparams, or an array of float32."
 )
 _NOT_STATIC = "{name} must be a number, got {value!r}. Under optax.inject_hyperparams, name it in static_args."
 _NOT_AN_ARRAY = "{leaf} is {value!r}; a leaf must be an array, or None to leave it out."

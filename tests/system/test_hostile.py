@@ -11,7 +11,7 @@ import pytest
 from flax import struct
 from jax import numpy as jnp
 
-from optax_nadam import _rules, nadamw, scale_by_nadam
+from optax_nadam import _rules, clip_by_global_norm, nadamw, scale_by_nadam
 from tests.reference import Nadam
 
 ALL_RULES = pytest.mark.parametrize("rule", _rules.RULES)
@@ -111,6 +111,7 @@ CLIPS = {
     "clip": (optax.clip(1e18), lambda g: jax.tree.map(lambda x: jnp.clip(x, -1e18, 1e18), g)),
     # The norm overflows to infinity, by which everything is divided.
     "clip_by_global_norm": (optax.clip_by_global_norm(1.0), lambda g: jax.tree.map(jnp.zeros_like, g)),
+    "our clip_by_global_norm": (clip_by_global_norm(1.0), lambda g: jax.tree.map(jnp.zeros_like, g)),
 }
 
 
