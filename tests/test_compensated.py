@@ -169,7 +169,7 @@ def test_a_tie_rounds_away_from_zero_and_its_bits_are_stored():
 
 
 @every_kind
-def test_with_multi_steps_inside_and_around(rng, kind):
+def test_with_multi_steps_inside_and_outside(rng, kind):
     params = random_params(rng)
     grads = random_grads(rng, params, 12)
     inner = nadamw(1e-3)

@@ -107,11 +107,11 @@ def test_bad_arguments():
         convert_moments(optax.adam(0.1).init(jnp.ones(3)), m_dtype=None, v_dtype=None)
 
 
-@pytest.mark.parametrize("said", [{"m_dtype": "int8"}, {"v_dtype": None}])
-def test_both_formats_are_required(said):
+@pytest.mark.parametrize("given", [{"m_dtype": "int8"}, {"v_dtype": None}])
+def test_both_formats_are_required(given):
     state = scale_by_nadam().init(jnp.ones(3))
     with pytest.raises(TypeError, match="missing 1 required keyword-only argument"):
-        convert_moments(state, **said)
+        convert_moments(state, **given)
 
 
 def inside_everything(tx):

@@ -77,11 +77,11 @@ def test_compensated_weights_are_measured_with_all_their_bits():
 def test_naive_bytes_are_evenly_spaced_and_small_leaves_whole():
     v = np.random.default_rng(0).random((32, 64)).astype(np.float32)
     v[3] = 0
-    kept = memory_quality._even(jnp.asarray(v))
+    stored = memory_quality._even(jnp.asarray(v))
     largest = v.max(axis=1, keepdims=True)
-    assert kept.codes.dtype == np.uint8
-    assert np.abs(memory_quality._as_number(kept) - v).max() <= largest.max() / 510 + 1e-6
-    np.testing.assert_array_equal(memory_quality._as_number(kept)[3], 0)
+    assert stored.codes.dtype == np.uint8
+    assert np.abs(memory_quality._as_number(stored) - v).max() <= largest.max() / 510 + 1e-6
+    np.testing.assert_array_equal(memory_quality._as_number(stored)[3], 0)
     assert memory_quality._even(jnp.ones((3, 5))).dtype == np.float32
 
 

@@ -106,7 +106,7 @@ def test_bytes_a_parameter(make, rule, dtype, size):
     assert bytes_a_parameter(compiled(make(1e-3, rule=rule), leaf(dtype=dtype))) < size + 0.001
 
 
-# Flattened, the leaves share the three of the update, and each takes one to be cut out and applied.
+# Flattened, all leaves share the three kernels of the update, and each takes one more to be cut out and applied.
 @pytest.mark.parametrize(("wrap", "number"), [(lambda tx: tx, 3 * 20), (optax.flatten, 3 + 20)], ids=["plain", "flat"])
 @both
 def test_kernels_of_20_leaves(make, wrap, number):

@@ -1,4 +1,4 @@
-"""Nadam beside, behind and inside everything of Optax that keeps a state: the table is listed from Optax itself."""
+"""Nadam chained with and wrapped in everything of Optax that has a state; the list is made from Optax itself."""
 
 import inspect
 from collections.abc import Callable, Mapping

@@ -108,7 +108,7 @@ SKIPS = {
 
 
 class Namespace(dict[str, Any]):
-    """A module's namespace in which some names keep what they stand for."""
+    """A module's namespace in which some names cannot be reassigned."""
 
     def __init__(self, fixed):
         """Starts with the fixed names."""

@@ -74,9 +74,9 @@ def assert_documented(state, tree, steps):
     """The state is what its docstring says, for these gradients after these steps."""
     chex.assert_type([state.count, state.mu_product], [jnp.int32, jnp.zeros(()).dtype])
     assert state.count == steps
-    kept = {"float16": "float32", "bfloat16": "float32"}
+    stored_in = {"float16": "float32", "bfloat16": "float32"}
     real = {"complex64": "float32", "complex128": "float64"}
-    m = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kept.get(leaf.dtype, leaf.dtype)), tree)
+    m = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, stored_in.get(leaf.dtype, leaf.dtype)), tree)
     v = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, real.get(x.dtype.name, x.dtype)), m)
     chex.assert_trees_all_equal_shapes_and_dtypes((state.m, state.v), (m, v))
 

@@ -181,8 +181,8 @@ def test_narrow_formats_are_sharded_like_the_params_and_give_the_same_bits(axes,
     with mesh_of(axes) as mesh:
         params, state = stepped(laid_out(tree, mesh))
         moments = state.inner_state[0].m, state.inner_state[0].v
-        for kept in (params, state.remainder, *moments):
-            assert_laid_out({name: getattr(x, "codes", x) for name, x in kept.items()}, mesh)
+        for stored in (params, state.remainder, *moments):
+            assert_laid_out({name: getattr(x, "codes", x) for name, x in stored.items()}, mesh)
         if narrow == "int8":
             for name, x in moments[0].items():
                 rows = NamedSharding(mesh, PartitionSpec(*SPECS[name][:1]))
