@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import optax
 from jax import numpy as jnp
-from jax.typing import ArrayLike
 
 import optax_nadam
 from benchmarks import ahead_of_time as aot
@@ -21,9 +20,9 @@ NOTE = """\
 A whole step on the shapes of GPT-2 small (148 float32 leaves, 124 M), gradients given, params and state donated; the
 norm is so large that every step clips. The norm reads every gradient once more: 4 bytes a parameter.
 `optax.clip_by_global_norm` divides each leaf by the norm, under a select. XLA:CPU does not repeat that division in each
-of its three passes, but stores the quotients: 4 bytes of temporaries. `clip_by_factor` of this script computes one
-scalar, `minimum(1, max_norm / norm)`, and multiplies by it, which every pass repeats. The difference is that of the
-params after all timed steps, relative to how far they have moved."""
+of its three passes, but stores the quotients: 4 bytes of temporaries. `clip_by_factor` is
+`optax_nadam.clip_by_global_norm`: it computes one scalar, `max_norm / norm` or 1, and multiplies by it, which every
+pass repeats. The difference is that of the params after all timed steps, relative to how far they have moved."""
 
 COMPILED_NOTE = (
     "Compiled ahead of time, not run; needs the extra `aot`. The norm reads the gradients once more, in one more fusion"
@@ -31,19 +30,12 @@ COMPILED_NOTE = (
 )
 
 
-def clip_by_factor(max_norm: ArrayLike) -> optax.GradientTransformation:
-    """``optax.clip_by_global_norm`` as one scalar factor for all leaves."""
-
-    def clip(updates: Any, params: Any) -> Any:
-        del params
-        factor = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
-        return jax.tree.map(lambda g: factor.astype(g.dtype) * g, updates)
-
-    return optax.stateless(clip)
-
-
 NONE, CLIP, FACTOR = "none", "optax.clip_by_global_norm", "clip_by_factor"
-CLIPPINGS = {NONE: optax.identity(), CLIP: optax.clip_by_global_norm(1.0), FACTOR: clip_by_factor(1.0)}
+CLIPPINGS = {
+    NONE: optax.identity(),
+    CLIP: optax.clip_by_global_norm(1.0),
+    FACTOR: optax_nadam.clip_by_global_norm(1.0),
+}
 OPTIMIZERS = {"nadamw": optax_nadam.nadamw(1e-3), "optax.nadamw": optax.nadamw(1e-3)}
 
 

@@ -11,7 +11,9 @@ def main() -> tuple[list[float], list[float]]:
     """Trains in four parts, each at half the learning rate of the one before; returns learning rates and losses."""
     chosen = arguments(__doc__, steps=300)
     batches, params = digits_in_batches(chosen.steps, chosen.seed), initial_params(chosen.seed)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.inject_hyperparams(optax_nadam.nadamw)(learning_rate=1e-2))
+    tx = optax.chain(
+        optax_nadam.clip_by_global_norm(1.0), optax.inject_hyperparams(optax_nadam.nadamw)(learning_rate=1e-2)
+    )
     state, step = tx.init(params), make_step(tx)
     learning_rates: list[float] = []
     losses: list[float] = []

@@ -50,7 +50,7 @@ def train(layout: str, steps: int, seed: int) -> tuple[dict[str, Any], Any, list
     weights = initial_params(seed)
     of_params, of_moments = (shardings(weights, mesh, split) for split in LAYOUTS[layout])
     tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
+        optax_nadam.clip_by_global_norm(1.0),
         optax_nadam.nadamw(optax.cosine_decay_schedule(3e-3, steps), weight_decay=1e-3),
         # Split moments give split updates; this gathers them like the params.
         optax.stateless(lambda updates, _: jax.lax.with_sharding_constraint(updates, of_params)),

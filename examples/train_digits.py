@@ -57,7 +57,7 @@ def warmup_cosine(steps: int) -> optax.Schedule:
 def train(name: str, steps: int, seed: int, data: dict[str, Any]) -> tuple[np.ndarray, float]:
     """Trains one network; returns its loss at each step and its accuracy on the test digits."""
     graph, params = nnx.split(Network(nnx.Rngs(seed)))
-    tx = optax.chain(optax.clip_by_global_norm(1.0), OPTIMIZERS[name](warmup_cosine(steps)))
+    tx = optax.chain(optax_nadam.clip_by_global_norm(1.0), OPTIMIZERS[name](warmup_cosine(steps)))
     opt_state = tx.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))

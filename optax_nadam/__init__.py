@@ -1,4 +1,4 @@
-"""Nadam for JAX and Optax: every framework's, from one exact update."""
+"""Nadam for JAX and Optax: every framework's variant, from one exact update."""
 
 from optax_nadam._compensated import CompensatedState, compensated, master_params
 from optax_nadam._config import NadamConfig, set_count

@@ -1,4 +1,4 @@
-"""Weights in bfloat16 that lose nothing: what rounding drops is stored beside them."""
+"""bfloat16 weights trained at higher precision: what rounding drops is stored beside them."""
 
 import functools
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ _FLOAT16 = (
     "{leaf} has dtype float16; compensated stores what rounding to bfloat16 drops. Cast it to bfloat16 or float32."
 )
 _WIDENED = (
-    " If an update has changed their dtype: apply updates with optax.apply_updates, which leaves it as it is;"
-    " equinox.apply_updates does not."
+    " If applying an update has changed their dtype: use optax.apply_updates, which keeps it; equinox.apply_updates"
+    " does not."
 )
 _MISFIT = (
-    "{leaf} is {got}, but this state of compensated was made for a leaf that is {expected}. Pass the params that go"
-    " with the state, or call init again."
+    "{leaf} is {got}, but this state of compensated was made for a leaf that is {expected}. Pass the params that"
+    " belong to the state, or call init again."
 )
 
 
@@ -33,9 +33,10 @@ class CompensatedState(NamedTuple):
 
     Attributes:
       count: updates so far, int32, shape ``()``.
-      remainder: a tree like the params: for each bfloat16 leaf an int8 or int16 array of its shape, what the weights
-        lack to the ones that are trained, in units of the last bit stored; ``optax.MaskedNode`` for other leaves.
-      inner_state: of the inner optimizer, for float32 weights.
+      remainder: a tree like the params: for each bfloat16 leaf an int8 or int16 array of its shape, the difference
+        between the trained weights and the params, in units of the last bit stored; ``optax.MaskedNode`` for other
+        leaves.
+      inner_state: the state of the inner optimizer, which sees float32 weights.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in every Optax state
@@ -50,7 +51,7 @@ def compensated(
 
     A bfloat16 weight holds 8 significant bits: an update of less than a 512th of it is lost. Here the inner optimizer
     sees and updates the weights :math:`\theta` with all their bits, in float32; ``params`` are these rounded to
-    bfloat16, and the state stores the difference, counted in units of the last bit that is stored:
+    bfloat16, and the state stores the difference, in units of the last bit stored:
 
     .. math::
 
@@ -58,19 +59,19 @@ def compensated(
       r' = \operatorname{bits}(\theta') - \operatorname{bits}(p')
 
     With int16 no bit of float32 is lost: :math:`\theta` follows a float32 run with the same gradients bit for bit, and
-    the params are those weights rounded to the nearest, ties away from zero. With int8 24 bits are stored in
-    all, and the last of them is stochastically rounded, unbiased, so that smaller updates count too.
+    the params are those weights rounded to the nearest, ties away from zero. With int8, params and remainder hold
+    24 bits together, the last of them stochastically rounded, unbiased, so that smaller updates count too.
 
-    The update returned is float32 and such that ``optax.apply_updates`` makes the right bfloat16 weights of it. It must
-    be applied as it is: wrap a whole optimizer, learning rate included; clipping, masks and ``optax.MultiSteps`` may
-    stand inside or around (around and under ``lax.scan`` from Optax 0.2.8 on, whose accumulator keeps its dtype).
-    Leaves that are not bfloat16 are left to the inner optimizer as they are. Where one step takes a weight through zero
-    to under a hundredth of what it was, adding in float32 may miss the bfloat16 number by :math:`2^{-24}` of what the
-    weight was; the next step continues from there.
+    The update returned is float32, and ``optax.apply_updates`` makes the right bfloat16 weights of it. It must be
+    applied unchanged: wrap a whole optimizer, learning rate included; clipping, masks and ``optax.MultiSteps`` may be
+    inside or outside (outside and under ``lax.scan`` from Optax 0.2.8 on, whose accumulator keeps its dtype).
+    Leaves that are not bfloat16 are updated by the inner optimizer alone. Where one step moves a weight across zero, to
+    under a hundredth of its magnitude, the addition in float32 may miss the bfloat16 number by :math:`2^{-24}` of the
+    old weight; the next step continues from there.
 
     Args:
       inner: any Optax optimizer.
-      remainder_dtype: int8, one byte for a weight, or int16, two.
+      remainder_dtype: int8, one byte a weight, or int16, two.
 
     Returns:
       A gradient transformation whose state is a :class:`CompensatedState` and whose ``update`` needs ``params``. Extra
@@ -79,7 +80,7 @@ def compensated(
     Raises:
       ValueError: another dtype, at once; params missing, or params or gradients that do not fit the state, while
         ``update`` is traced.
-      TypeError: float16 leaves, for which there is no such remainder, while ``init`` is traced.
+      TypeError: float16 leaves, while ``init`` is traced.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -94,7 +95,7 @@ def compensated(
       (Array([0.5, 0.5], dtype=bfloat16), [0.5, 0.5])
 
     References:
-      Zamirai et al., `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020, on what is lost.
+      Zamirai et al., `Revisiting BFloat16 Training <https://arxiv.org/abs/2010.06192>`_, 2020, on what rounding loses.
     """
     dtype = _parse_remainder_dtype("remainder_dtype", remainder_dtype)
     inner = optax.with_extra_args_support(inner)
@@ -170,7 +171,7 @@ def _check_not_float16(name: str, tree: Any) -> None:
 
 
 def _check_params(params: Any, remainder: Any) -> None:
-    """Rejects params that are missing or are not those whose remainder it is."""
+    """Rejects params that are missing or do not fit the remainder."""
     if params is None:
         raise ValueError("compensated needs params: call update(grads, state, params).")
     structure: Any = jax.tree.structure(params)
@@ -198,14 +199,14 @@ def _wide(tree: Any) -> Any:
 
 
 def _master(p: jax.Array, remainder: Any) -> jax.Array:
-    """The weight with what bfloat16 dropped; another weight as it is."""
+    """The weight with what bfloat16 dropped; for another leaf the weight itself."""
     if not _is_bfloat16(p):
         return p
     return _number(_bits(p.astype(jnp.float32)) + _as_bits(remainder))
 
 
 def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, random: RandomBits) -> jax.Array:
-    """The weight to be stored: after the step, stochastically rounded to the bits there is room for."""
+    """The weight after the step, stochastically rounded to the bits that are stored."""
     if not _is_bfloat16(p):
         return p
     fraction = (1 << _dropped_bits(remainder)) - 1
@@ -214,9 +215,9 @@ def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, ra
 
 
 def _remainder(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
-    """What the nearest bfloat16 lacks to the target; nothing where adding in float32 does not reach that.
+    """The target less its nearest bfloat16; zero where the addition in float32 does not reach that bfloat16.
 
-    There it is nothing anyway. But with the comparison XLA makes one pass of the step for TPU, else sometimes three.
+    It is zero there anyway, but with the comparison XLA makes one pass of the step for TPU, without it sometimes three.
     """
     if not _is_bfloat16(p):
         return remainder
@@ -228,9 +229,9 @@ def _remainder(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
 
 
 def _to_apply(p: jax.Array, target: jax.Array, remainder: Any, step: jax.Array) -> jax.Array:
-    """What takes the bfloat16 weight to the target without its remainder; for another weight the step as it is.
+    """The update from the bfloat16 weight to its new value; for another leaf the step itself.
 
-    Computed from the remainder as it is stored: otherwise XLA makes several passes for TPU where one is enough.
+    Computed from the stored remainder: otherwise XLA makes several passes for TPU where one is enough.
     """
     if not _is_bfloat16(p):
         return step
@@ -248,7 +249,7 @@ def _as_bits(remainder: jax.Array) -> jax.Array:
 
 
 def _dropped_bits(remainder: jax.Array) -> int:
-    """How many of the 16 bits that bfloat16 lacks a remainder lacks too."""
+    """How many of the 16 bits that bfloat16 drops the remainder does not store."""
     return 16 - 8 * remainder.dtype.itemsize
 
 

@@ -1,4 +1,4 @@
-"""NadamConfig: every hyperparameter as data, the hub between frameworks."""
+"""NadamConfig: every hyperparameter as data, the common form of all frameworks' configs."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ def _number(check: Callable[[str, Any], None]) -> _Parse[float]:
 
 
 def _optional(parse: _Parse[_T]) -> _Parse[_T | None]:
-    """Parses None, or what another parser does."""
+    """Parses None, or what another parser accepts."""
     return lambda name, value: None if value is None else parse(name, value)
 
 
@@ -73,7 +73,7 @@ _positive = _number(validation.check_positive)
 
 
 def _by(parse: _Parse[Any]) -> dict[str, _Parse[Any]]:
-    """The metadata of a field that is parsed by a function."""
+    """The metadata of a field that this function parses."""
     return {"parse": parse}
 
 
@@ -82,10 +82,9 @@ class NadamConfig:
     r"""Every hyperparameter of a Nadam, as plain data: hashable, and JSON both ways.
 
     The optimizer it builds negates the gradient to ascend; clips it by value, then leaf by leaf by norm, then by
-    global norm; adds coupled weight decay; takes Nadam's step; shrinks it, drops what points away from the gradient;
-    adds decoupled weight decay; and multiplies by the learning rate
-    :math:`\alpha_t = \alpha / (1 + \text{learning_rate_decay} \cdot (t - 1))`. What is left at its default is left
-    out.
+    global norm; adds coupled weight decay; takes Nadam's step; clips it by its RMS, drops elements that point away from
+    the gradient; adds decoupled weight decay; and multiplies by the learning rate
+    :math:`\alpha_t = \alpha / (1 + \text{learning_rate_decay} \cdot (t - 1))`. Parts at their defaults are left out.
 
     Attributes:
       learning_rate: :math:`\alpha`, a finite number, or a :class:`ScheduleConfig`.
@@ -98,16 +97,16 @@ class NadamConfig:
       weight_decay: :math:`\lambda`, not negative; 0 for no decay.
       coupled_weight_decay: True adds :math:`\lambda\theta` to the gradient (L2), False to the update.
       weight_decay_peak_learning_rate: :math:`\alpha_{peak}`, positive. With it, decoupled weight decay is
-        :math:`\lambda \alpha_t / \alpha_{peak}` of the update, so that it falls with the square of the learning rate
-        from its peak on; it does not limit the learning rate. None for :math:`\lambda`.
-      learning_rate_decay: inverse-time decay of the learning rate, per step, not negative; only beside a number.
+        :math:`\lambda \alpha_t / \alpha_{peak}` in place of :math:`\lambda`, so that it falls with the square of the
+        learning rate after its peak; it does not limit the learning rate. None for :math:`\lambda`.
+      learning_rate_decay: inverse-time decay of the learning rate, per step, not negative; only if that is a number.
       clip_value: the largest magnitude of a gradient's element, positive; None for no limit.
       clip_norm: the largest Euclidean norm of a leaf's gradient, positive; None for no limit.
       clip_global_norm: the largest norm of all gradients together, positive; None for no limit.
-      clip_update_rms: the largest root mean square of :math:`g / (\sqrt{\hat v} + \varepsilon)` in a leaf that does
-        not shrink the update, positive; None for no limit.
+      clip_update_rms: the largest root mean square of :math:`g / (\sqrt{\hat v} + \varepsilon)` in a leaf, above which
+        its update is scaled down, positive; None for no limit.
       cautious: drop elements of the update that point away from the gradient.
-      maximize: ascend.
+      maximize: ascend, for an objective to maximize.
       complex_as_real: treat a complex leaf as two real ones.
       accumulate_steps: gradients that are averaged for one step, at least 1.
       m_dtype: ``"int8"``, ``"bfloat16"``, ``"float32"``, ``"float64"`` or None, see :func:`optax_nadam.scale_by_nadam`.
@@ -154,7 +153,9 @@ class NadamConfig:
             value = entry.metadata["parse"](entry.name, getattr(self, entry.name))
             object.__setattr__(self, entry.name, value)
         if self.learning_rate_decay and isinstance(self.learning_rate, ScheduleConfig):
-            raise ValueError(f"learning_rate_decay must be 0 beside a schedule, got {self.learning_rate_decay!r}.")
+            raise ValueError(
+                f"learning_rate_decay must be 0 where learning_rate is a schedule, got {self.learning_rate_decay!r}."
+            )
 
     def build(
         self, learning_rate: optax.ScalarOrSchedule | ScheduleConfig | None = None
@@ -162,7 +163,7 @@ class NadamConfig:
         """The optimizer of these hyperparameters.
 
         Where only the fields of :func:`optax_nadam.nadam` or :func:`optax_nadam.nadamw` are set, its state is that of
-        those, so that a checkpoint of one fits the other.
+        those, so that their checkpoints are interchangeable.
 
         Args:
           learning_rate: a number, a scalar array or a schedule in place of the config's own and its
@@ -172,7 +173,7 @@ class NadamConfig:
           A gradient transformation. Its ``update`` needs ``params`` where there is weight decay.
 
         Raises:
-          ValueError: a learning rate that is not finite or no scalar.
+          ValueError: a learning rate that is not finite or not a scalar.
           TypeError: a learning rate that is none of the above.
         """
         alpha = self._schedule_or_number(self.learning_rate if learning_rate is None else learning_rate)
@@ -189,7 +190,10 @@ class NadamConfig:
             optax.add_decayed_weights(self._decoupled_decay(alpha)) if decoupled else None,
             optax.scale_by_learning_rate(alpha),
         ]
-        tx = wrappers.chain("the optimizer of a NadamConfig", *[link for link in chain if link is not None])
+        tx = wrappers.chain(
+            "the optimizer of a NadamConfig",
+            *[transformation for transformation in chain if transformation is not None],
+        )
         if self.complex_as_real:
             tx = optax.with_extra_args_support(optax.contrib.split_real_and_imaginary(tx))
         if self.accumulate_steps > 1:
@@ -242,15 +246,15 @@ def product_after(count: int, config: NadamConfig) -> float:
 
 
 def set_count(opt_state: Any, count: ArrayLike, config: NadamConfig) -> Any:
-    r"""The optimizer state as if it had taken a number of steps: the moments stay, all counters are set together.
+    r"""The optimizer state as after a number of steps: all counters are set together, the moments stay.
 
     The step of Nadam depends on the number of steps in two ways: ``count`` and the product of the momenta
-    :math:`P_t`. A count without its product makes another step.
+    :math:`P_t`. A count without its product gives a wrong step.
 
     Args:
       opt_state: a state with one :class:`ScaleByNadamState` in it, at any depth; it is not changed.
       count: steps taken, a whole number that is not negative.
-      config: the hyperparameters of the run, of which the product depends on ``b1``, ``momentum_decay`` and ``rule``.
+      config: the hyperparameters of the run, ``b1``, ``momentum_decay`` and ``rule`` determine the product.
 
     Returns:
       A new state. ``count`` and ``mu_product`` of Nadam are set, and the counters of learning rate and weight decay
@@ -258,7 +262,7 @@ def set_count(opt_state: Any, count: ArrayLike, config: NadamConfig) -> Any:
 
     Raises:
       ValueError: there is no Nadam state, or more than one; a negative count.
-      TypeError: a count that is no whole number.
+      TypeError: a count that is not a whole number.
 
     Examples:
       >>> import jax.numpy as jnp

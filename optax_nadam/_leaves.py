@@ -1,4 +1,4 @@
-"""What is asked of one array: its dtype, the dtype to compute in, zeros laid out like it."""
+"""Properties of one array: its dtype, the dtype to compute in, zeros sharded like it."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def compute_dtype(*leaves: Any) -> jnp.dtype:
 
 
 def complex_like(dtype: DTypeLike, leaf: Any) -> jnp.dtype:
-    """A real dtype, or the complex one with parts of it where the leaf is complex."""
+    """A real dtype, or where the leaf is complex the complex dtype with such parts."""
     if not is_complex(leaf):
         return jnp.dtype(dtype)
     return jnp.dtype(jnp.complex128 if jnp.dtype(dtype) == jnp.float64 else jnp.complex64)
@@ -40,8 +40,8 @@ def abs_squared(x: jax.Array) -> jax.Array:
 def zeros_like(param: Any, dtype: DTypeLike) -> jax.Array:
     """Zeros sharded like the parameter.
 
-    Under jit a constant has no sharding and would land on one device, and leaves that share it would share one
-    layout. So there it is computed from the parameter: no number is less than itself.
+    Under jit a constant has no sharding and would be put on one device, and leaves that share it would share one
+    sharding. So there the zeros are computed from the parameter: no number is less than itself.
     """
     if not isinstance(param, jax.core.Tracer):
         return jnp.zeros_like(param, dtype=dtype)

@@ -19,13 +19,13 @@ Moment = jax.Array | Quantized
 _FORMATS = (jnp.int8, jnp.bfloat16, jnp.float32, jnp.float64)
 _NOT_A_FORMAT = (
     "{name} must be None, int8, bfloat16, float32 or float64, got {value!r}. In float16 the squares of"
-    " gradients under 2e-4 are zero; bfloat16 is as small and has the range of float32."
+    " gradients under 2e-4 are zero; use bfloat16: the same size, with the range of float32."
 )
 
 
 _INJECTED = (
-    "{name} is an array, {value!r}. optax.inject_hyperparams takes whatever can be called for a schedule, and"
-    ' jnp.bfloat16 can be called: write "bfloat16", or static_args=({name!r},).'
+    "{name} is an array, {value!r}. optax.inject_hyperparams takes every callable for a schedule, and"
+    ' jnp.bfloat16 is callable: write "bfloat16", or static_args=({name!r},).'
 )
 
 
@@ -45,7 +45,7 @@ def parse_format(name: str, value: DTypeLike | None) -> jnp.dtype | None:
 
 
 def zero_m(param: Any, dtype: DTypeLike | None) -> Moment:
-    """The first moment before the first step, complex where the parameter is; that of a complex one is never 8-bit."""
+    """The first moment before the first step, complex where the parameter is; complex moments are never 8-bit."""
     if _is_8_bit(dtype) and not is_complex(param):
         return _zero_8_bit(param, jnp.int8)
     parts = compute_dtype(param) if dtype is None or _is_8_bit(dtype) else dtype
@@ -62,7 +62,7 @@ def _is_8_bit(dtype: DTypeLike | None) -> bool:
 
 
 def _zero_8_bit(param: Any, codes_dtype: DTypeLike) -> Moment:
-    """A quantized zero; leaves too small for it to pay have the dtype they are computed in."""
+    """A quantized zero; for leaves too small to be quantized, zeros of the dtype they are computed in."""
     if jnp.size(param) < MIN_SIZE:
         return zeros_like(param, compute_dtype(param))
     return zero_quantized(param, codes_dtype)
@@ -71,12 +71,13 @@ def _zero_8_bit(param: Any, codes_dtype: DTypeLike) -> Moment:
 def average(stored: Moment, new: jax.Array, weight: jax.Array, bits: RandomBits) -> tuple[jax.Array, Moment]:
     """The moment after one step, :math:`(1 - w) x + w y`: the number to compute with, and what is stored.
 
-    A narrow one is computed with as it is stored: otherwise XLA makes two passes on TPU where one is enough.
+    In a narrow format, the number to compute with is the stored one: otherwise XLA makes two passes on TPU where one is
+    enough.
 
     Args:
       stored: the moment ``x``.
-      new: what is averaged, ``y``, in the dtype to compute in.
-      weight: its weight ``w``, of real dtype.
+      new: the new value ``y``, in the dtype to compute in.
+      weight: the weight ``w`` of ``y``, of real dtype.
       bits: for stochastic rounding, where the format is narrow.
     """
     value = _lerp(decode(stored, new.dtype), new, weight)
@@ -87,7 +88,7 @@ def average(stored: Moment, new: jax.Array, weight: jax.Array, bits: RandomBits)
 def _lerp(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
     """``(1 - weight) * old + weight * new``, computed from the nearer end.
 
-    Written with two rounded weights, their sum is off one by 1e-8, and in the long run a moment by 1e-8 / weight.
+    With two rounded weights, whose sum is 1e-8 from 1, a moment would in the long run be off by 1e-8 / weight.
     """
     w = weight.astype(old.dtype)
     return jnp.where(weight <= 0.5, old + w * (new - old), new + (1 - w) * (old - new))

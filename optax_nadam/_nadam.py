@@ -1,6 +1,6 @@
 """The algorithm: the update of a leaf, and the optimizers made of it.
 
-The way of a gradient is one line: checked while tracing, scalars from the rule, the leaf update, moments stored.
+A gradient is checked while tracing; then come the scalars of the step, the leaf update, and the storage of the moments.
 """
 
 import functools
@@ -45,7 +45,7 @@ def scale_by_nadam(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by Nadam's step, without learning rate or sign.
 
-    With :math:`t` counted from 1 and every variant's scalars :math:`a_t, c^g_t, c^m_t, c^v_t` (below),
+    With :math:`t` counted from 1 and the variant's scalars :math:`a_t, c^g_t, c^m_t, c^v_t` (below),
 
     .. math::
 
@@ -73,15 +73,16 @@ def scale_by_nadam(
     ``flux``        :math:`(1-\mu_t)/(1-P_t)` :math:`\mu_{t+1}/(1-P_{t+1})`       :math:`\beta_2/(1-\beta_2^t)`
     =============== ========================= =================================== =============================
 
-    and ``eps_hat`` has :math:`\varepsilon_t = \varepsilon / \sqrt{1-\beta_2^t}`. Whose rule each is: ``scheduled``
-    tf.keras, Keras 3 and PyTorch, ``constant`` Optax, ``simplified`` timm and AlgoPerf, ``dozat2016`` the paper,
-    ``adam`` Adam (no look-ahead), ``torch1`` PyTorch 1.10 to 1.13, ``loss_scaled`` Keras 3 under a LossScaleOptimizer
-    in JAX, ``eps_hat`` tf.contrib, ``undebiased`` AlgoPerf with ``debias=False``, ``flux`` Flux and Optimisers.jl.
+    and ``eps_hat`` has :math:`\varepsilon_t = \varepsilon / \sqrt{1-\beta_2^t}`. The rules are those of tf.keras,
+    Keras 3 and PyTorch (``scheduled``), Optax (``constant``), timm and AlgoPerf (``simplified``), the paper
+    (``dozat2016``), Adam, which has no look-ahead (``adam``), PyTorch 1.10 to 1.13 (``torch1``), Keras 3 on JAX under a
+    LossScaleOptimizer (``loss_scaled``), tf.contrib (``eps_hat``), AlgoPerf with ``debias=False`` (``undebiased``), and
+    Flux and Optimisers.jl (``flux``).
 
     Each leaf is computed in float32, or in float64 if it has 64-bit parts; the update has the gradient's dtype.
     Leaves that are ``None`` or ``optax.MaskedNode`` pass through. Complex leaves have a real ``v``. With ``eps`` above
     zero, gradients up to 1e18 in magnitude give finite updates; the square of a larger one may overflow float32: that
-    element stands still for a step and is NaN from the next on, so clip where such gradients can come.
+    element does not move for one step and is NaN afterwards, so clip where such gradients can occur.
 
     Args:
       b1: decay :math:`\beta_1` of the first moment and limit of the momentum, in [0, 1).
@@ -94,10 +95,10 @@ def scale_by_nadam(
         :math:`\mu_t = \beta_1`.
       rule: the variant, by its name in the table, or a :class:`Rule` of your own.
       m_dtype: the format ``m`` is stored in. None: float32, and float64 for leaves with 64-bit parts; ``"float32"``,
-        ``"float64"``: that (its parts, for complex leaves). ``"bfloat16"``: 2 bytes a parameter. ``"int8"``: a byte,
-        and a scale for each row, a :class:`Quantized`; leaves under 1024 elements stay float32. Both narrow formats
-        are stochastically rounded, unbiased; the random bits are a function of step and position, the same in every
-        run and on any number of devices. The ``m`` of complex leaves is not stored in 8 bits.
+        ``"float64"``: that, for complex leaves their parts. ``"bfloat16"``: 2 bytes a parameter. ``"int8"``: one byte,
+        and a scale for each row, a :class:`Quantized`; leaves under 1024 elements are stored as with None. Both narrow
+        formats are stochastically rounded, unbiased; the random bits are a function of step and position, the same in
+        every run and on any number of devices. The ``m`` of complex leaves is never stored in 8 bits.
       v_dtype: the format ``v`` is stored in, likewise.
 
     All numbers may also be scalar arrays, traced or not. Python numbers are used in double precision and checked.
@@ -108,8 +109,8 @@ def scale_by_nadam(
 
     Raises:
       ValueError: a number out of range or an unknown rule, at once; another optimizer's state, and gradients or
-        params whose structure or shapes are not those the state was made for, while ``update`` is traced.
-      TypeError: a hyperparameter that is no number, at once; an integer, boolean or non-array leaf, and complex
+        params that do not have the structure and shapes the state was made for, while ``update`` is traced.
+      TypeError: a hyperparameter that is not a number, at once; an integer, boolean or non-array leaf, and complex
         mixed with real, while ``init`` or ``update`` is traced.
 
     Examples:
@@ -192,7 +193,7 @@ def _power(x: jax.Array, power: float) -> jax.Array:
 
 
 def _unzip(treedef: Any, triples: list[tuple[jax.Array, Moment, Moment]]) -> tuple[Any, Any, Any]:
-    """Triples, a leaf each, as three trees; nodes that check their children never get anything but arrays."""
+    """Three trees from a triple for each leaf; the nodes never hold triples, since some accept only arrays."""
     first, second, third = (jax.tree.unflatten(treedef, [triple[i] for triple in triples]) for i in range(3))
     return first, second, third
 
@@ -220,7 +221,7 @@ def nadam(
     Args:
       learning_rate: :math:`\alpha`, a number, a scalar array, a :class:`ScheduleConfig`, or a schedule that maps the
         steps taken so far, 0 at first, to a number.
-      b1: see :func:`scale_by_nadam`, as all that follow.
+      b1: see :func:`scale_by_nadam`, as are the arguments below.
       b2: decay of the second moment, in [0, 1).
       eps: added to the root, not negative.
       eps_root: added under the root, not negative.
@@ -234,7 +235,7 @@ def nadam(
 
     Raises:
       ValueError: as :func:`scale_by_nadam`, and for a learning rate that is not finite.
-      TypeError: as :func:`scale_by_nadam`, and for a learning rate that is no number, array or schedule.
+      TypeError: as :func:`scale_by_nadam`, and for a learning rate that is not a number, array or schedule.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -283,7 +284,7 @@ def nadamw(
 
     Args:
       learning_rate: :math:`\alpha`, as in :func:`nadam`.
-      b1: see :func:`scale_by_nadam`, as all up to ``v_dtype``.
+      b1: see :func:`scale_by_nadam`, as are the arguments up to ``v_dtype``.
       b2: decay of the second moment, in [0, 1).
       eps: added to the root, not negative.
       eps_root: added under the root, not negative.

@@ -13,12 +13,12 @@ from jax.typing import DTypeLike
 from optax_nadam._leaves import zeros_like
 from optax_nadam._rounding import RandomBits
 
-MIN_SIZE = 1024  # elements of a leaf for which 8 bits pay
-_ROW_SIZE = 64  # elements of a row, at least
+MIN_SIZE = 1024  # elements; smaller leaves are not quantized
+_ROW_SIZE = 64  # elements that a row has at least
 
 
 class Curve(NamedTuple):
-    """How codes stand for numbers: the largest code, the power and the root that undoes it, whether there is a sign."""
+    """How codes stand for numbers: the largest code, a power, its inverse, and whether codes are signed."""
 
     max_code: float
     power: int
@@ -37,9 +37,9 @@ class Quantized(NamedTuple):
     r"""A moment of one byte an element: :math:`x_i = \operatorname{sign}(k_i)\, (|k_i| / K)^p\, s_{row(i)}`.
 
     The codes :math:`k` of a first moment are signed, with :math:`K = 127, p = 2`; those of a second moment are not,
-    with :math:`K = 255, p = 4`. So both ``m`` and the root of ``v`` resolve small values beside large ones. A row is
-    as many of the last axes as it takes to hold 64 elements, most often the last one. The field names are the format
-    on disk and do not change.
+    with :math:`K = 255, p = 4`. So both ``m`` and the root of ``v`` resolve small values beside large ones. A row
+    spans the last axes, as few as hold 64 elements: most often only the last one. The field names are the format on
+    disk and do not change.
 
     Attributes:
       codes: int8 or uint8, of the shape of the leaf.
@@ -69,8 +69,8 @@ class Quantized(NamedTuple):
 def is_quantized(node: Any) -> bool:
     """Whether a node of a tree of moments stands for a leaf: a :class:`Quantized`, or what Flax nnx makes of one.
 
-    nnx makes mappings of the NamedTuples in its variables. One of codes and scales is told by the dtype of the codes,
-    since a layer may have params of these names.
+    nnx makes mappings of the NamedTuples in its variables. A mapping of codes and scale is recognised by the dtype of
+    the codes, since a layer may have params of these names.
     """
     return isinstance(node, Quantized) or (
         isinstance(node, Mapping)
@@ -80,20 +80,20 @@ def is_quantized(node: Any) -> bool:
 
 
 def as_quantized(moments: Any) -> Any:
-    """The moments with :class:`Quantized` for what Flax nnx has made of it."""
+    """The moments with a :class:`Quantized` where Flax nnx has made a mapping of it."""
     return jax.tree.map(lambda x: Quantized(**x) if isinstance(x, Mapping) else x, moments, is_leaf=is_quantized)
 
 
 def zero_quantized(param: Any, codes_dtype: DTypeLike) -> Quantized:
-    """Codes and scales of zeros, laid out like the parameter."""
+    """Codes and scales of zeros, sharded like the parameter."""
     codes = zeros_like(param, codes_dtype)
     return Quantized(codes, codes.max(_row_axes(codes.shape)).astype(jnp.bfloat16))
 
 
 def quantize(value: jax.Array, like: Quantized, bits: RandomBits) -> Quantized:
-    """Numbers as codes of the same kind as another's, stochastically rounded, unbiased.
+    """Numbers in codes of the dtype of ``like``, stochastically rounded, unbiased.
 
-    A second moment is never rounded to zero: under the root, that would let the next step be as long as eps allows.
+    Codes of a second moment are at least 1: with v = 0 the next step would be as long as eps allows.
     """
     curve = _CURVES[like.codes.dtype]
     scale = _next_bfloat16(jnp.abs(value).max(_row_axes(value.shape)))
@@ -108,17 +108,17 @@ def quantize(value: jax.Array, like: Quantized, bits: RandomBits) -> Quantized:
 
 
 def _next_bfloat16(x: jax.Array) -> jax.Array:
-    """The smallest bfloat16 that is not less, of numbers that are not negative."""
+    """Numbers that are not negative, rounded up to bfloat16."""
     bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + jnp.uint32(0xFFFF)
     return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
 
 
 def _over_rows(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """A scale of every row as an array that broadcasts against the leaf."""
+    """The scales of the rows as an array that broadcasts against the leaf."""
     return jnp.expand_dims(scale, _row_axes(shape))
 
 
 def _row_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes that a scale is for: as many of the last as hold 64 elements."""
+    """The axes of a row, which share a scale: the last ones, as few as hold 64 elements."""
     first = next(k for k in reversed(range(len(shape))) if math.prod(shape[k:]) >= _ROW_SIZE)
     return tuple(range(first, len(shape)))

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 
 class RandomBits(NamedTuple):
-    r"""16 random bits for each element of a leaf: a function of its position and a seed alone.
+    r"""16 random bits for each element of a leaf: a function of its position and a seed only.
 
     .. math::
 
@@ -21,8 +21,8 @@ class RandomBits(NamedTuple):
     <https://nullprogram.com/blog/2018/07/31/>`_, 2018), so no two elements of a leaf have the same 32 bits. They make
     two draws of 16.
 
-    What is stored after step :math:`t` has bits of its own: ``m`` the low half and ``v`` the high half of those of
-    seed :math:`t`; weights the low half of those of :math:`-t`.
+    Step :math:`t` rounds ``m`` with the low half and ``v`` with the high half of the bits of seed :math:`t`, and
+    weights with the low half of those of seed :math:`-t`.
 
     Attributes:
       seed: an integer, shape ``()``.
@@ -66,11 +66,11 @@ def _hash(x: jax.Array) -> jax.Array:
 def round_to(value: jax.Array, dtype: DTypeLike, bits: RandomBits) -> jax.Array:
     """Numbers in another dtype; in bfloat16 stochastically rounded, unbiased.
 
-    Rounded to the nearest, a moment would stand still where a step changes it by less than half a unit in the last
-    place: at b2 = .999 ``v`` would never fall.
+    Rounded to the nearest, a moment would not change where a step changes it by less than half a unit in the last
+    place: at b2 = .999 ``v`` would never decay.
     """
     if dtype != jnp.bfloat16:
         return value.astype(dtype)
-    # A float32 is a bfloat16 and 16 bits more: adding as many random ones carries in proportion to what they hold.
+    # A float32 is a bfloat16 and 16 more bits: adding 16 random bits carries with a probability proportional to them.
     sum_of_bits = lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32) + bits.draw(value.shape)
     return lax.bitcast_convert_type(sum_of_bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(dtype)

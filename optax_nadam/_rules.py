@@ -1,12 +1,12 @@
 r"""A rule per variant: from the step number to the scalars of one update.
 
 "Nadam" names several optimizers. All of them make the same leaf update (``_nadam.py``) and differ in a
-few scalars that are formed once a step, here. A :class:`Rule` is the data that tells one variant from
-another; :func:`product_at` and :func:`coefficients_at` turn it, the step and the hyperparameters into the scalars.
+few scalars that are computed once a step, here. A :class:`Rule` describes a variant as data;
+:func:`product_at` and :func:`coefficients_at` turn it, the step and the hyperparameters into the scalars.
 
-Two cares run through this file. Differences of nearly equal numbers are never formed: :math:`1-\mu_t`,
-:math:`1-P_t` and :math:`1-\beta^t` are computed as such. And everything that can be computed from Python
-numbers is computed in double precision, before it meets an array.
+Two principles: nearly equal numbers are never subtracted, :math:`1-\mu_t`, :math:`1-P_t` and :math:`1-\beta^t` are
+computed directly; and everything that can be computed from Python numbers is computed in double precision,
+before it is combined with an array.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ class Hyperparameters(NamedTuple):
 
 
 def check_hyperparameters(h: Hyperparameters) -> None:
-    """Rejects Python numbers out of range and what is no scalar."""
+    """Rejects Python numbers out of range and arrays that are not scalars."""
     validation.check_decay("b1", h.b1)
     validation.check_decay("b2", h.b2)
     validation.check_not_negative("eps", h.eps)
@@ -74,26 +74,26 @@ VCorrection = Literal["current", "next", "none"]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    r"""What tells one variant of Nadam from another: static data, from which the scalars of a step are formed.
+    r"""A variant of Nadam, as static data from which the scalars of a step are computed.
 
     Attributes:
       warmup: :math:`\mu_t = \beta_1 (1 - \tfrac12 0.96^{\psi t})`; otherwise :math:`\mu_t = \beta_1`.
       keeps_product: :math:`P_t = P_{t-1} \mu_t`; otherwise :math:`P_t = \mu_t`.
-      look_ahead: the update is :math:`\mu_{t+1}` of ``m`` and :math:`1 - \mu_t` of the gradient, each debiased;
-        otherwise ``m`` alone, as in Adam.
+      look_ahead: the update is :math:`\mu_{t+1} m_t + (1 - \mu_t) g_t`, each term debiased; otherwise ``m`` alone, as
+        in Adam.
       m_by_momentum: ``m`` decays by :math:`\mu_t`; otherwise by :math:`\beta_1`.
-      m_correction: what ``m`` is divided by, to undo its start from zero: :math:`1 - P_{t+1}` (``"next"``, the product
-        that the look-ahead momentum belongs to), :math:`1 - P_t` (``"current"``), :math:`1 - P_t \mu_t \mu_{t+1}`
-        (``"twice"``: PyTorch before 2.0) or nothing (``"none"``). The gradient beside it is divided by
-        :math:`1 - P_t`, or by nothing where ``m`` is.
+      m_correction: what ``m`` is divided by, to correct its bias towards zero: :math:`1 - P_{t+1}` (``"next"``, the
+        product up to the look-ahead momentum), :math:`1 - P_t` (``"current"``), :math:`1 - P_t \mu_t \mu_{t+1}`
+        (``"twice"``: PyTorch before 2.0) or nothing (``"none"``). The gradient is divided by :math:`1 - P_t`, with
+        ``"none"`` by nothing either.
       v_correction: what ``v`` is divided by: :math:`1 - \beta_2^t` (``"current"``), :math:`(1 - \beta_2^t) / \beta_2`
         (``"next"``) or nothing (``"none"``).
       eps_hat: epsilon is added before ``v`` is debiased: :math:`\varepsilon_t = \varepsilon / \sqrt{1-\beta_2^t}`.
-      power: of the debiased ``v`` in the denominator, positive; 0.5 is the square root.
+      power: the exponent of the debiased ``v`` in the denominator, positive; 0.5 is the square root.
 
     Raises:
       ValueError: a correction that is not one of those above, or a power that is not positive and finite.
-      TypeError: a power that is no number, or another value that is no boolean.
+      TypeError: a power that is not a number, or another value that is not a boolean.
 
     Examples:
       >>> import optax_nadam
@@ -111,7 +111,7 @@ class Rule:
     power: float = 0.5
 
     def __post_init__(self) -> None:
-        """Rejects what no step could be formed from."""
+        """Checks type and range of every field."""
         for name in ("warmup", "keeps_product", "look_ahead", "m_by_momentum", "eps_hat"):
             validation.check_bool(name, getattr(self, name))
         validation.check_choice("m_correction", self.m_correction, typing.get_args(MCorrection))
@@ -149,7 +149,7 @@ RULES: dict[str, Rule] = {
 
 
 def parse_rule(name: str, value: Any) -> Rule:
-    """The rule, given itself or by its name."""
+    """The rule, given as a :class:`Rule` or by its name."""
     if isinstance(value, Rule):
         return value
     validation.check_choice(name, value, RULES)
@@ -165,7 +165,7 @@ class Factor:
 
     @classmethod
     def of(cls, value: jax.Array) -> "Factor":
-        """The factor of a rounded number."""
+        """The factor of a value, whose complement is as accurate as the value."""
         return cls(value, 1 - value)
 
     def __mul__(self, other: "Factor") -> "Factor":
@@ -260,7 +260,7 @@ def momentum_at(step: jax.Array | np.ndarray, h: Hyperparameters, rule: Rule) ->
 
 
 def mu_product_after(count: int, b1: float, momentum_decay: float, rule: Rule) -> float:
-    r""":math:`P_t` after a number of steps, in double precision: what a checkpoint without it has lost."""
+    r""":math:`P_t` after a number of steps, in double precision, for checkpoints that do not store it."""
     if not rule.warmup:
         return b1**count
     h = Hyperparameters(b1, 0.0, 0.0, 0.0, momentum_decay)
@@ -283,7 +283,7 @@ def _log(base: ArrayLike) -> ArrayLike:
 
 
 def _expm1(x: jax.Array) -> jax.Array:
-    """``exp(x) - 1`` for ``x <= 0`` to the last place or two; XLA's own is off by up to five on a CPU."""
+    """``exp(x) - 1`` for ``x <= 0`` to one or two units in the last place; XLA's own is off by up to five on a CPU."""
     small = jnp.maximum(x, -0.7)
     series = functools.reduce(lambda tail, k: 1 + small / k * tail, range(18, 1, -1), jnp.ones_like(x))
     return jnp.where(x > -0.7, small * series, jnp.exp(x) - 1)

@@ -1,7 +1,7 @@
-"""Learning rate schedules as data: a name and arguments, that build an Optax schedule.
+"""Learning rate schedules as data: a name and arguments that build an Optax schedule.
 
-What Optax has is called; what it lacks (restarts without end, cycles, inverse time) is written here. A schedule
-maps the steps taken so far, 0 at first, to the learning rate.
+Schedules of Optax are called; those it does not have (unlimited restarts, cycles, inverse time) are written here. A
+schedule maps the steps taken so far, 0 at first, to the learning rate.
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ class ScheduleConfig:
     ============================= ====================================================================================
 
     The names of the arguments, and what they mean, are those of ``keras.optimizers.schedules``. Two configs with equal
-    arguments are equal and have one hash, so a config may be a static argument of ``jax.jit``.
+    arguments are equal and have the same hash, so a config may be a static argument of ``jax.jit``.
 
     Attributes:
       name: one of the names above.
       arguments: the schedule's arguments by name: numbers, booleans, None, and sequences of numbers.
 
     Raises:
-      ValueError: an unknown name, or an argument that the schedule does not have or lacks.
+      ValueError: an unknown name, or an argument that is unknown or missing.
 
     Examples:
       >>> import optax_nadam
@@ -93,7 +93,7 @@ def parse_learning_rate(value: Any) -> optax.ScalarOrSchedule:
 
 
 def _scalar_valued(schedule: optax.Schedule) -> optax.Schedule:
-    """The schedule, which is rejected at its first value where that has axes: it would broadcast scalar params."""
+    """The schedule, with a check that its values are scalars: an array would broadcast scalar params."""
 
     def scalar_valued(count: ArrayLike) -> ArrayLike:
         value = schedule(count)
@@ -106,14 +106,14 @@ def _scalar_valued(schedule: optax.Schedule) -> optax.Schedule:
 def exponential_decay(
     initial_learning_rate: float, decay_steps: float, decay_rate: float, staircase: bool = False
 ) -> optax.Schedule:
-    """The initial learning rate times ``decay_rate ** (count / decay_steps)``; a staircase takes whole powers."""
+    """The initial learning rate times ``decay_rate ** (count / decay_steps)``; with ``staircase``, whole powers."""
     return optax.exponential_decay(initial_learning_rate, decay_steps, decay_rate, staircase=staircase)
 
 
 def inverse_time_decay(
     initial_learning_rate: float, decay_steps: float, decay_rate: float, staircase: bool = False
 ) -> optax.Schedule:
-    """The initial learning rate over ``1 + decay_rate * count / decay_steps``; a staircase takes whole quotients."""
+    """The initial learning rate over ``1 + decay_rate * count / decay_steps``; with ``staircase``, whole quotients."""
 
     def schedule(count: ArrayLike) -> jax.Array:
         periods = jnp.asarray(count, float) / decay_steps
@@ -131,7 +131,7 @@ def polynomial_decay(
 ) -> optax.Schedule:
     """From the initial to the end learning rate as ``(1 - count / decay_steps) ** power``.
 
-    With ``cycle`` the decay is stretched to the next multiple of ``decay_steps`` each time it has ended.
+    With ``cycle`` the decay is stretched to the next multiple of ``decay_steps`` each time it ends.
     """
 
     def schedule(count: ArrayLike) -> jax.Array:

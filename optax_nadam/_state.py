@@ -1,4 +1,4 @@
-"""Nadam's state, the one search through an optimizer state, and what is done to a state between steps."""
+"""Nadam's state: find it in an optimizer state, convert its moments, replace its values."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -18,6 +18,12 @@ from optax_nadam._rounding import RandomBits
 
 _Node = TypeVar("_Node")
 
+_NOT_ONE = (
+    "{name} must hold one {kind}, but holds {number}. Pass what init or update of the optimizer returned, or the part"
+    " of it that holds one."
+)
+_NO_NADAM = "opt_state must hold a ScaleByNadamState, but holds none. Pass what init or update of a Nadam returned."
+
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="optax_nadam.ScaleByNadamState")
 class ScaleByNadamState(NamedTuple):
@@ -28,8 +34,8 @@ class ScaleByNadamState(NamedTuple):
       mu_product: :math:`P_t`, the product of the momenta used so far, shape ``()``; float32, or float64 when
         x64 is enabled.
       m: mean of the gradients, a tree like the params; float32 for leaves of at most 32 bits, float64 for
-        float64 leaves, complex for complex ones; where ``m_dtype`` says so, bfloat16 or a :class:`Quantized` in
-        place of a leaf.
+        float64 leaves, complex for complex ones; with ``m_dtype``, bfloat16 or a :class:`Quantized` in place of a
+        leaf.
       v: mean of the squared gradients, likewise; real for complex leaves.
     """
 
@@ -42,7 +48,7 @@ class ScaleByNadamState(NamedTuple):
 # The states of Optax that store hyperparameters.
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
-# The states of Optax that count steps, most of them to look something up in a schedule, and the field that counts.
+# The states of Optax that count steps, most of them for a schedule, and the field that is the counter.
 _COUNTERS: dict[type, str] = {
     **dict.fromkeys(INJECTED, "count"),
     optax.ScaleByScheduleState: "count",
@@ -53,7 +59,7 @@ _COUNTERS: dict[type, str] = {
 
 
 def nodes_of(tree: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
-    """The nodes of a kind in an optimizer state, at any depth, also inside one another."""
+    """The nodes of a kind in an optimizer state, at any depth, also those inside others of the kind."""
     for node in jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind)):
         if isinstance(node, kind):
             yield node
@@ -61,7 +67,7 @@ def nodes_of(tree: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
 
 
 def map_nodes(f: Callable[[Any], Any], tree: Any, kind: type | tuple[type, ...]) -> Any:
-    """The tree with ``f`` of every node of a kind in its place, at any depth; of one inside another first."""
+    """The tree with every node of a kind replaced by ``f`` of it, inner nodes first."""
 
     def mapped(node: Any) -> Any:
         if not isinstance(node, kind):
@@ -80,7 +86,7 @@ def the_node(name: str, tree: Any, kind: type[_Node]) -> _Node:
     """
     found = list(nodes_of(tree, kind))
     if len(found) != 1:
-        raise ValueError(f"{name} must hold one {kind.__name__}, but holds {len(found)}.")
+        raise ValueError(_NOT_ONE.format(name=name, kind=kind.__name__, number=len(found)))
     return found[0]
 
 
@@ -89,9 +95,10 @@ def _children(node: Any) -> list[Any]:
 
 
 def in_form_of(like: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """A tree with fields where another has keys of the same names, or the reverse; any other tree as it is.
+    """``tree`` in the structure of ``like`` if only the containers differ: fields in one, keys in the other.
 
-    Flax nnx keeps names but not containers: a NamedTuple in a variable comes back as a mapping, its fields sorted.
+    Flax nnx keeps names but not containers: it returns a NamedTuple in a variable as a mapping, its fields sorted. Any
+    other tree is returned unchanged.
     """
     form: Any = jax.tree.structure(like, is_leaf)
     if jax.tree.structure(tree, is_leaf) == form:
@@ -102,7 +109,7 @@ def in_form_of(like: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = Non
 
 
 def _by_name(tree: Any, is_leaf: Callable[[Any], bool] | None) -> dict[tuple[str, ...], tuple[Any, Any]]:
-    """Path and leaf by the names on the way, whether these are fields or keys."""
+    """Path and leaf by the names along the path, whether these are fields or keys."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
     return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): (path, leaf) for path, leaf in leaves}
 
@@ -136,15 +143,15 @@ def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DType
 
     A run continues in the format of its state, so this is how a float32 run continues in 8 bits, or an 8-bit run in
     float32. Into a wider format the numbers are copied; into a narrower one they are stochastically rounded, unbiased,
-    as in every step. What has the format already stays as it is, bit for bit.
+    as in every step. Moments already in the format are not changed.
 
     Args:
       opt_state: a state with any number of :class:`ScaleByNadamState` in it, at any depth.
       m_dtype: the format of the first moments, as in :func:`scale_by_nadam`; None is the format of the default.
-      v_dtype: of the second moments. Both must be given, since neither changes unasked.
+      v_dtype: the format of the second moments. Both are required, so that neither changes by accident.
 
     Returns:
-      A new state, as the optimizer with these formats has it.
+      A new state, for the optimizer with these formats.
 
     Raises:
       ValueError: a format that is not offered, or no Nadam state in ``opt_state``.
@@ -161,7 +168,7 @@ def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DType
     """
     m_format, v_format = parse_format("m_dtype", m_dtype), parse_format("v_dtype", v_dtype)
     if not any(nodes_of(opt_state, ScaleByNadamState)):
-        raise ValueError("opt_state must hold a ScaleByNadamState, but holds none.")
+        raise ValueError(_NO_NADAM)
 
     def convert(node: ScaleByNadamState) -> ScaleByNadamState:
         state = get_state(node)
@@ -174,7 +181,7 @@ def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DType
 
 
 def _converted(moments: Any, zero: Callable[[jax.Array], Moment], bits: RandomBits) -> Any:
-    """The moments in another format, of which ``zero`` makes the first."""
+    """The moments in the format of the zeros that ``zero`` makes."""
 
     def convert(stored: Moment) -> Moment:
         value = numbers_of(stored)
@@ -201,11 +208,11 @@ def put_state(opt_state: Any, *, count: int, mu_product: float, m: Any, v: Any) 
       v: second moments, likewise.
 
     Returns:
-      A new state, its arrays of the dtypes and its moments in the format that the old one has.
+      A new state, with the dtypes, the formats of the moments and the sharding of the old one.
 
     Raises:
       ValueError: the moments do not fit the state in structure or shape; the text names the leaf.
-      TypeError: a moment is no array of numbers.
+      TypeError: a moment is not an array of numbers.
     """
     old = get_state(opt_state)
     for name, moments, like in (("m", m, old.m), ("v", v, old.v)):
@@ -218,10 +225,10 @@ def put_state(opt_state: Any, *, count: int, mu_product: float, m: Any, v: Any) 
 
 
 def _encoded(moments: Any, like: Any, bits: RandomBits) -> Any:
-    """Arrays of any dtype as moments in the format of others, each where the other is."""
+    """Arrays of any dtype as moments in the format and on the devices of ``like``."""
 
     def encode_copy(x: Any, like: Moment) -> Moment:
-        # A copy: jnp.asarray may continue to use the memory of an array that its framework updates in place.
+        # A copy: jnp.asarray may share the memory of an array that its framework updates in place.
         encoded = encode(jnp.array(x, complex_like(compute_dtype(like), like)), like, bits)
         return jax.tree.map(_placed, encoded, like)
 
@@ -229,7 +236,7 @@ def _encoded(moments: Any, like: Any, bits: RandomBits) -> Any:
 
 
 def put_count(opt_state: Any, *, count: int, mu_product: float) -> Any:
-    """The optimizer state with ``count`` in its Nadam state and in the counters of schedules, each an array of its own.
+    """The optimizer state with ``count`` in its Nadam state and in the counters of schedules, each in its own buffer.
 
     Args:
       opt_state: a state with one :class:`ScaleByNadamState` in it; it is not changed.
@@ -254,17 +261,17 @@ def put_count(opt_state: Any, *, count: int, mu_product: float) -> Any:
 
 
 def _largest_int32(count: int) -> int:
-    """A count, which stops at the largest int32 as it does in Optax."""
+    """A count, at most the largest int32, where the counters of Optax stop."""
     return min(count, jnp.iinfo(jnp.int32).max)
 
 
 def _scalar_like(number: float, like: jax.Array) -> jax.Array:
-    """A number as an array of its own, of the dtype of another and where that is."""
+    """A number as a new array with the dtype of ``like`` and on its devices."""
     return _placed(jnp.array(number, like.dtype), like)
 
 
 def _placed(x: jax.Array, like: jax.Array) -> jax.Array:
-    """The array with the sharding and the memory kind of another, as far as the user or JAX has chosen them."""
+    """The array with the sharding and the memory kind of ``like``, where that is committed to its devices."""
     if isinstance(like, jax.core.Tracer) or not getattr(like, "committed", False):
         return x
     return jax.device_put(x, like.sharding)

@@ -1,7 +1,7 @@
-"""The checks that several modules share, and their error texts; any other check stands with what it checks.
+"""The checks that several modules share, and their error texts; any other check is in the module of what it checks.
 
-A check on hyperparameters runs when an optimizer is built; a check on trees while ``init`` or ``update`` is
-traced: before any number changes, and at no cost in the compiled step. Traced values cannot be checked.
+Hyperparameters are checked when an optimizer is built, trees while ``init`` or ``update`` is traced: before any number
+changes, and at no cost in the compiled step. Traced values cannot be checked.
 """
 
 import math
@@ -22,13 +22,13 @@ _NOT_A_NUMBER = (
     " optax.inject_hyperparams."
 )
 _NARROW = (
-    "{name} has dtype {dtype}, in which 0.999 is 1. Pass hyperparam_dtype=jnp.float32 to optax.inject_hyperparams, or"
-    " an array of float32."
+    "{name} has dtype {dtype}, too narrow near 1: in bfloat16 0.999 is 1. Pass hyperparam_dtype=jnp.float32 to"
+    " optax.inject_hyperparams, or an array of float32."
 )
 _NOT_STATIC = "{name} must be a number, got {value!r}. Under optax.inject_hyperparams, name it in static_args."
 _NOT_AN_ARRAY = "{leaf} is {value!r}; a leaf must be an array, or None to leave it out."
 _NOT_A_STATE_ARRAY = (
-    "{name} got a state in which {leaf} is {value!r}, where it has an array. Make arrays of what comes from JSON or"
+    "{name} got a state in which {leaf} is {value!r}, not an array. Make arrays of what comes from JSON or"
     " MessagePack: jax.tree.map(lambda x, like: jnp.asarray(x, like.dtype), state, tx.init(params))."
 )
 _NOT_INEXACT = (
@@ -54,7 +54,7 @@ _STATE = (
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a hyperparameter is a Python (or NumPy) number: a constant, that can be checked."""
+    """Whether a hyperparameter is a Python or NumPy number: a constant, which can be checked."""
     return isinstance(value, numbers.Real)
 
 
@@ -74,7 +74,7 @@ def check_scalar(name: str, value: Any) -> None:
 
 
 def check_decay(name: str, value: Any) -> None:
-    """Rejects a Python number outside [0, 1), and an array in which such numbers are 1."""
+    """Rejects a Python number outside [0, 1), and an array of a dtype too narrow for numbers near 1."""
     check_number(name, value)
     if not is_number(value) and jnp.issubdtype(value.dtype, jnp.floating) and jnp.finfo(value.dtype).bits < 32:
         raise TypeError(_NARROW.format(name=name, dtype=value.dtype))
@@ -104,7 +104,7 @@ def check_finite(name: str, value: Any) -> None:
 
 
 def parse_count(name: str, value: Any) -> int:
-    """A number of steps."""
+    """A number of steps, as a Python integer."""
     try:
         count = operator.index(value)
     except TypeError:
@@ -127,13 +127,13 @@ def check_bool(name: str, value: Any) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
-    """Rejects what is not one of some words."""
+    """Rejects what is not one of the choices."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def check_names(what: str, got: Collection[str], expected: Collection[str]) -> None:
-    """Rejects a mapping that lacks a name or has one too many."""
+    """Rejects a mapping with a missing or an unknown name."""
     missing, unknown = _only_in(expected, got), _only_in(got, expected)
     if missing or unknown:
         raise ValueError(f"{what} fields do not fit: {_both('missing', missing, 'unknown', unknown)}.")
@@ -180,14 +180,14 @@ def check_like_moments(name: str, tree: Any, moments: Any) -> None:
 
 
 def check_structure(name: str, tree: Any, like: Any) -> None:
-    """Rejects a tree of another structure than that of the params, or of their moments."""
+    """Rejects a tree whose structure is not that of the params, or of their moments."""
     got: Any = jax.tree.structure(tree)
     if got != jax.tree.structure(like, is_quantized):
         raise wrong_structure(name, _difference(tree, like))
 
 
 def wrong_structure(name: str, difference: Any) -> ValueError:
-    """The error for a tree of another structure than that of the params."""
+    """The error for a tree whose structure is not that of the params."""
     return ValueError(_STRUCTURE.format(name=name, difference=difference))
 
 
@@ -199,7 +199,7 @@ def check_shapes(name: str, tree: Any, like: Any) -> None:
 
 
 def place(name: str, tree: Any, index: int) -> str:
-    """A leaf as one would write it in Python; found only when there is something to report."""
+    """A leaf's path in Python syntax; computed for an error only."""
     path, _ = jax.tree_util.tree_leaves_with_path(tree)[index]
     return name + jax.tree_util.keystr(path)
 
@@ -209,7 +209,7 @@ def _pairs(tree: Any, like: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _difference(tree: Any, moments: Any) -> str:
-    """What one tree has and the other has not."""
+    """The leaves that only one of the trees has; where there are none, both structures."""
     got, expected = (
         [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=is_quantized)]
         for t in (tree, moments)
@@ -231,5 +231,5 @@ def _both(first: str, firsts: list[str], second: str, seconds: list[str]) -> str
 
 
 def _listed(names: list[str]) -> str:
-    """Names in words, not more than ten of them."""
+    """At most ten names, separated by commas."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

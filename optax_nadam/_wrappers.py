@@ -1,4 +1,4 @@
-"""Transformations that some variants need and Optax lacks, most of them around an inner one."""
+"""Transformations that some variants need and Optax does not have; most wrap an inner one."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from optax_nadam._leaves import abs_squared, complex_like, compute_dtype, zeros_
 
 
 def chain(name: str, *transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``optax.chain``, with an error that says whose state it got where that is of another chain."""
+    """``optax.chain`` that rejects the state of another chain by name."""
     chained, length = optax.chain(*transformations), len(transformations)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
@@ -30,9 +30,9 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
     .. math:: g \leftarrow g \cdot \min(1, c / \lVert g \rVert), \quad \lVert g \rVert^2 = \sum |g_i|^2
 
     over the elements of all leaves. The norm is computed in float32, or float64 where a leaf has 64-bit parts, and
-    applied as one scalar factor, so the gradients are read once more and nothing is stored. Optax computes it in the
-    dtype of the gradients: in float16 it overflows above 65504, in bfloat16 it does not grow beyond some hundred leaves
-    of equal norm.
+    applied as one scalar factor, so the gradients are read once more and no array of their size is stored. Optax
+    computes the norm in the dtype of the gradients: in float16 it overflows above 65504, in bfloat16 it stops growing
+    after some hundred leaves of equal norm.
 
     Args:
       max_norm: :math:`c`, the largest norm, positive; a number or a scalar array.
@@ -41,8 +41,8 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
       A gradient transformation without state, whose updates have the dtypes of the gradients.
 
     Raises:
-      ValueError: a number that is not positive and finite, or an array that is no scalar.
-      TypeError: what is neither a number nor an array.
+      ValueError: a number that is not positive and finite, or an array that is not a scalar.
+      TypeError: a ``max_norm`` that is neither a number nor an array.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -62,7 +62,7 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
 
 
 def clip_by_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
-    """Clips each leaf by its own norm, as :func:`clip_by_global_norm` clips all together."""
+    """Clips each leaf by its own norm, as :func:`clip_by_global_norm` clips all leaves together."""
     return optax.stateless(lambda updates, params: jax.tree.map(lambda g: _clipped(g, max_norm), updates))
 
 
@@ -83,14 +83,14 @@ def _widened(x: jax.Array) -> jax.Array:
 
 
 def accumulate(inner: optax.GradientTransformationExtraArgs, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Averages the gradients of so many calls for one step of an inner optimizer, as ``optax.MultiSteps``.
+    """Takes one step of an inner optimizer with the mean gradient of ``steps`` calls, as ``optax.MultiSteps``.
 
-    Each leaf is averaged in at least float32, and in no narrower or less complex dtype than its own; Optax has one
-    dtype for all leaves. In between, the updates are zero.
+    Each leaf is averaged in its own dtype, or in float32 where that is narrower; Optax has one dtype for all leaves.
+    The updates of the calls before the last are zero.
 
     Args:
       inner: makes the step.
-      steps: how many gradients make a step.
+      steps: how many gradients are averaged.
 
     Returns:
       A transformation whose state is an ``optax.MultiStepsState``.
@@ -128,12 +128,12 @@ def accumulate(inner: optax.GradientTransformationExtraArgs, steps: int) -> opta
 
 
 def is_pair(node: Any) -> bool:
-    """Whether a node stands for a complex leaf that ``optax.contrib.split_real_and_imaginary`` made two real ones."""
+    """Whether a node stands for a complex leaf that ``optax.contrib.split_real_and_imaginary`` has split."""
     return getattr(node, "_fields", None) == ("real", "imaginary")
 
 
 def _mean(leaf: Any) -> jax.Array:
-    """The mean over a leaf, or over both parts of one."""
+    """The mean over a leaf, or over both parts of a split one."""
     parts = jax.tree.leaves(leaf)
     return sum(map(jnp.sum, parts)) / sum(x.size for x in parts)
 
@@ -143,7 +143,7 @@ def cautious(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTran
 
     .. math:: u \leftarrow u \odot M / \max(\operatorname{mean} M, 10^{-3}), \quad M = [\operatorname{Re}(u \bar g) > 0]
 
-    The mean is over a whole leaf, also where its real and imaginary parts are updated apart.
+    The mean is over a whole leaf, also where its real and imaginary parts are updated separately.
 
     Source: Liang et al., `Cautious Optimizers <https://arxiv.org/abs/2411.16085>`_, 2024.
     """
@@ -166,16 +166,16 @@ def cautious(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTran
 def clip_by_gradient_rms(
     inner: optax.GradientTransformationExtraArgs, plain: optax.GradientTransformationExtraArgs, threshold: float
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Shrinks the update of a leaf where the gradient has outgrown its second moment.
+    r"""Scales down the update of a leaf where the gradient is large relative to its second moment.
 
     .. math:: u \leftarrow u / \max(1, \operatorname{rms}(|g| / (\sqrt{\hat v} + \varepsilon)) / \text{threshold})
 
-    The mean is over a whole leaf, also where its real and imaginary parts are updated apart.
+    The mean is over a whole leaf, also where its real and imaginary parts are updated separately.
 
     Args:
       inner: makes the update.
       plain: the same without momentum, whose update is the normalised gradient; it shares the state of ``inner``.
-      threshold: the largest root mean square that changes nothing.
+      threshold: the largest root mean square that leaves the update unchanged.
 
     Returns:
       A transformation with the state of ``inner``.
@@ -196,10 +196,10 @@ def clip_by_gradient_rms(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-def keep_rows_without_gradient(
+def freeze_rows_without_gradient(
     inner: optax.GradientTransformationExtraArgs, mask: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """Does not move rows of chosen leaves while their gradient is zero; their moments decay all the same.
+    """Does not move rows of chosen leaves while their gradient is zero; their moments still decay.
 
     Args:
       inner: makes the update.
@@ -209,18 +209,18 @@ def keep_rows_without_gradient(
       A transformation with the state of ``inner``.
     """
 
-    def keep(chosen: bool, u: Any, g: Any) -> Any:
+    def freeze(chosen: bool, u: Any, g: Any) -> Any:
         if not chosen:
             return u
 
-        def keep_leaf(u: jax.Array, g: jax.Array) -> jax.Array:
-            looked_up = jnp.any(g != 0, axis=tuple(range(1, g.ndim)), keepdims=True)
-            return jnp.where(looked_up, u, jnp.zeros_like(u))
+        def freeze_leaf(u: jax.Array, g: jax.Array) -> jax.Array:
+            has_gradient = jnp.any(g != 0, axis=tuple(range(1, g.ndim)), keepdims=True)
+            return jnp.where(has_gradient, u, jnp.zeros_like(u))
 
-        return jax.tree.map(keep_leaf, u, g)
+        return jax.tree.map(freeze_leaf, u, g)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         u, state = inner.update(updates, state, params, **extra_args)
-        return jax.tree.map(keep, mask(updates) if callable(mask) else mask, u, updates), state
+        return jax.tree.map(freeze, mask(updates) if callable(mask) else mask, u, updates), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -1,4 +1,4 @@
-"""What Nadam is doing during a run, as scalars for any logger."""
+"""Scalars that show what Nadam does during a run, for any logger."""
 
 from typing import Any
 
@@ -36,23 +36,23 @@ def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None
                        is that of the momentum. Negative where the gradient opposes a larger momentum
     ================== =============================================================================================
 
-    the last two only with gradients. In a compiled step they take one more reading of the moments and the gradients on
-    a TPU or one GPU, up to two on many GPUs, several on a CPU: call it in the steps that are logged.
+    the last two only with gradients. In a compiled step they read the moments and the gradients once more on a TPU or
+    one GPU, up to twice more on many GPUs, several times on a CPU: call it only in the steps that are logged.
 
     Args:
       opt_state: a state that ``update`` returned, with one :class:`optax_nadam.ScaleByNadamState` in it, at any depth.
-      config: the hyperparameters and the rule of the run; its further fields do not matter. What
-        ``optax.inject_hyperparams`` stores in the state takes the place of the config's.
-      gradients: :math:`g_t` as Nadam's own transformation got it, after clipping and averaging; a tree like the params,
-        of which the leaves where the state has an ``optax.MaskedNode`` are left out.
+      config: the hyperparameters and the rule of the run; its other fields are not used. Values
+        that ``optax.inject_hyperparams`` stores in the state take precedence over the config's.
+      gradients: :math:`g_t` as Nadam's own transformation got it, after clipping and averaging; a tree like the params;
+        leaves for which the state has an ``optax.MaskedNode`` are ignored.
 
     Returns:
-      Arrays of shape ``()``, in float32, or in float64 when x64 is enabled. Before the first step, and of an update of
+      Arrays of shape ``()``, in float32, or in float64 when x64 is enabled. Before the first step, and for an update of
       zero, some are NaN.
 
     Raises:
       ValueError: there is no Nadam state, or more than one; the gradients do not fit it in structure or shape.
-      TypeError: a gradient is no array of numbers.
+      TypeError: a gradient is not an array of numbers.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -99,7 +99,7 @@ def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None
 
 
 def _hyperparameters(opt_state: Any, config: NadamConfig) -> Hyperparameters:
-    """The hyperparameters of the config, or in their place those that ``optax.inject_hyperparams`` stores."""
+    """The hyperparameters of the config, or those that ``optax.inject_hyperparams`` stores in their place."""
     around = (node for node in nodes_of(opt_state, INJECTED) if any(nodes_of(node, ScaleByNadamState)))
     injected = {name: jnp.real(x).astype(scalar_dtype()) for node in around for name, x in node.hyperparams.items()}
     return Hyperparameters(*(injected.get(name, getattr(config, name)) for name in Hyperparameters._fields))

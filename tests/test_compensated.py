@@ -1,4 +1,4 @@
-"""bfloat16 weights with what rounding drops kept beside them."""
+"""bfloat16 weights with what rounding drops stored beside them."""
 
 import operator
 
@@ -54,7 +54,7 @@ def run(tx, params, grads):
 
 
 def run_one_by_one(tx, params, grads):
-    """The same by a loop, for MultiSteps around, whose state changes its dtype at the first step before Optax 0.2.8."""
+    """The same by a loop, for MultiSteps outside, whose state changes dtype at the first step before Optax 0.2.8."""
     step, carry = jax.jit(step_of(tx)), (params, tx.init(params))
     for t in range(len(grads["w"])):
         carry, _ = step(carry, jax.tree.map(operator.itemgetter(t), grads))
@@ -86,7 +86,7 @@ def test_with_two_bytes_weights_follow_the_float32_run_bit_for_bit(rng, inner):
     assert (narrow["w"].dtype, narrow["norm"].dtype) == (jnp.bfloat16, jnp.float32)
 
 
-def test_with_one_byte_weights_have_24_bits_and_are_right_in_the_mean(rng):
+def test_with_one_byte_weights_have_24_bits_and_are_unbiased(rng):
     params = random_params(rng, (256, 256))
     grads = random_grads(rng, params, 100)
     inner = optax.sgd(1e-5)
@@ -98,7 +98,7 @@ def test_with_one_byte_weights_have_24_bits_and_are_right_in_the_mean(rng):
     error = (master - np.asarray(expected["w"])) / np.maximum(np.abs(expected["w"]), 0.1)
     assert np.max(np.abs(error)) < 5 * 2.0**-16 * np.sqrt(100)  # half a unit of the 16th bit a step, at most
     assert abs(np.mean(error)) < 5 * np.std(error) / 256
-    assert np.mean(np.abs(wide(narrow)["w"] - np.asarray(wide(params)["w"]))) > 1e-5  # rounded, they would stand still
+    assert np.mean(np.abs(wide(narrow)["w"] - np.asarray(wide(params)["w"]))) > 1e-5  # rounded, they would not change
 
 
 @every_kind
@@ -128,7 +128,7 @@ def test_nothing_changes_where_the_step_is_zero(kind, value):
     [(1.0, 1e-9), (1.0, 1.005e-9), (1.0, 1.21e-5), (1e-9, 1.0), (1.0, -1e-9), (0.0, -2.7), (-1.0, 0.0), (5.0, 3.1e38)],
 )
 def test_a_step_may_lead_anywhere(kind, start, end):
-    """What cannot be reached by adding in float32 is missed by no more than float32 would miss it."""
+    """Where adding in float32 misses the target, it misses by no more than a float32 rounding."""
     params = jnp.full(8, start, jnp.bfloat16)
     tx = compensated(optax.sgd(1.0), remainder_dtype=kind)
     state = tx.init(params)
@@ -141,7 +141,7 @@ def test_a_step_may_lead_anywhere(kind, start, end):
 
 
 def test_random_steps_reach_their_targets(rng):
-    """Also those that take a weight nearly to zero, or just through it."""
+    """Also those that move a weight nearly to zero, or just across it."""
     n = 400_000
     p = jnp.asarray(rng.choice([-1, 1], n) * np.exp2(rng.uniform(-30, 30, n)), jnp.bfloat16)
     tx = compensated(optax.sgd(1.0), remainder_dtype="int16")
@@ -159,7 +159,7 @@ def test_random_steps_reach_their_targets(rng):
     np.testing.assert_array_equal(got[~through_zero], target[~through_zero])
 
 
-def test_a_tie_goes_away_from_zero_and_its_bits_are_kept():
+def test_a_tie_rounds_away_from_zero_and_its_bits_are_stored():
     params = jnp.array([1.0, -1.0], jnp.bfloat16)
     tx = compensated(optax.sgd(1.0), remainder_dtype="int16")
     updates, state = tx.update(jnp.array([-(2.0**-8), 2.0**-8]), tx.init(params), params)
@@ -169,7 +169,7 @@ def test_a_tie_goes_away_from_zero_and_its_bits_are_kept():
 
 
 @every_kind
-def test_with_multi_steps_inside_and_around(rng, kind):
+def test_with_multi_steps_inside_and_outside(rng, kind):
     params = random_params(rng)
     grads = random_grads(rng, params, 12)
     inner = nadamw(1e-3)
@@ -258,7 +258,7 @@ def test_errors(rng):
         tx.update(params | {"w": params["norm"]}, state, params)
     with pytest.raises(ValueError, match=r"gradients differ in structure.*missing \['norm'\]"):
         tx.update({"w": params["w"]}, state, params)
-    with pytest.raises(ValueError, match=r"compensated got a state that belongs to another optimizer: tuple"):
+    with pytest.raises(ValueError, match=r"compensated got the state of another optimizer: tuple"):
         tx.update(params, nadamw().init(params), params)
     with pytest.raises(ValueError, match="must hold one CompensatedState, but holds 0"):
         master_params(nadamw().init(params), params)

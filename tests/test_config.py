@@ -1,4 +1,4 @@
-"""NadamConfig: its way through JSON, its errors, and what it builds."""
+"""NadamConfig: JSON, errors, and what it builds."""
 
 import dataclasses
 import functools
@@ -215,7 +215,7 @@ def test_configs_are_static_arguments_of_jit():
 
 def test_decay_beside_a_schedule_is_rejected():
     schedule = ScheduleConfig("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10})
-    with pytest.raises(ValueError, match=r"learning_rate_decay must be 0 beside a schedule, got 0\.1"):
+    with pytest.raises(ValueError, match=r"learning_rate_decay must be 0 where learning_rate is a schedule, got 0\.1"):
         NadamConfig(learning_rate=schedule, learning_rate_decay=0.1)
 
 
@@ -249,7 +249,7 @@ def test_a_peak_learning_rate_makes_weight_decay_fall_with_the_square_of_the_rat
 
 
 @pytest.mark.lenient("Optax's wrapper mixes dtypes")
-def test_complex_as_real_treats_the_parts_apart(rng):
+def test_complex_as_real_treats_the_parts_separately(rng):
     parts = rng.normal(size=(2, 10, 3))
     grads = jnp.asarray(parts[0] + 1j * parts[1], jnp.complex64)
     got = run(NadamConfig(learning_rate=0.1, complex_as_real=True).build(), jnp.zeros(3, jnp.complex64), grads)

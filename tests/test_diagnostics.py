@@ -1,4 +1,4 @@
-"""The scalars for loggers: their values, and the states and gradients they are had from."""
+"""The scalars for loggers: their values, and the states and gradients they accept."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ STEPS = 6
 
 
 def random_gradients(rng, kind):
-    """The gradients of each step, leaf by leaf of another magnitude."""
+    """The gradients of each step, of another magnitude in each leaf."""
 
     def draw(shape, magnitude):
         real = magnitude * rng.standard_normal((STEPS, *shape))
@@ -34,7 +34,7 @@ def at(gradients, step):
 
 
 def trained(tx, gradients, times=1):
-    """The state after all gradients, each given a number of times, and the last of them."""
+    """The state after all gradients, each repeated a number of times, and the last gradient."""
     params = jax.tree.map(jnp.zeros_like, at(gradients, 0))
     state, update = tx.init(params), jax.jit(tx.update)
     for step in range(STEPS):
@@ -134,7 +134,7 @@ def test_injected_hyperparameters_go_before_those_of_the_config(rng, rule):
 
 
 @pytest.mark.lenient("optax.inject_hyperparams mixes dtypes")
-def test_what_is_injected_into_another_link_is_not_ours(rng):
+def test_what_is_injected_into_another_transformation_is_not_ours(rng):
     config, gradients = NadamConfig(**HYPERPARAMETERS), random_gradients(rng, np.float32)
     other = optax.inject_hyperparams(optax.scale_by_adam)(b1=0.1, b2=0.2, eps=0.3, eps_root=0.4)
     chained = optax.named_chain(("nadam", config.build()), ("adam", other))
@@ -158,7 +158,7 @@ def test_narrow_gradients_and_numpy_arrays_are_taken(rng):
 
 
 @pytest.mark.parametrize("b1", [0.0, 0.9])
-def test_a_product_of_momenta_that_is_zero_does_no_harm(rng, b1):
+def test_a_product_of_momenta_of_zero_is_harmless(rng, b1):
     m, g, count = rng.standard_normal(4), rng.standard_normal(4), 100_000
     state = ScaleByNadamState(jnp.int32(count), jnp.float32(0.0), jnp.float32(m), jnp.float32(m**2))
     got = scalars(state, NadamConfig(b1=b1), jnp.float32(g))
@@ -188,7 +188,7 @@ def test_over_devices_nothing_but_sums_is_sent(rng):
 
 
 @pytest.mark.parametrize("tx", [optax.adam(0.1), optax.partition({"a": nadam(), "b": nadam()}, {"x": "a", "y": "b"})])
-def test_a_state_without_the_one_nadam_is_refused(tx):
+def test_a_state_without_exactly_one_nadam_is_rejected(tx):
     state = tx.init({"x": jnp.ones(2), "y": jnp.ones(2)})
     with pytest.raises(ValueError, match=r"opt_state must hold one ScaleByNadamState, but holds [02]\."):
         scalars(state, NadamConfig())
@@ -202,7 +202,7 @@ def test_a_state_without_the_one_nadam_is_refused(tx):
         ({"y": np.ones(2, np.float32)}, ValueError, "'x'"),
     ],
 )
-def test_gradients_that_do_not_fit_are_refused(gradients, error, text):
+def test_gradients_that_do_not_fit_are_rejected(gradients, error, text):
     with pytest.raises(error, match=text):
         scalars(nadam().init({"x": jnp.ones(2)}), NadamConfig(), gradients)
 

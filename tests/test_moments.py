@@ -1,4 +1,4 @@
-"""Narrow moments in use: the steps they lead to, and that they are the same wherever and however they are taken."""
+"""Narrow moments in use: the steps they lead to, and that these are the same on any devices and in any wrapper."""
 
 import functools
 from typing import Any
@@ -32,7 +32,7 @@ def trained(tx, grads):
 @every_format
 @pytest.mark.parametrize("rule", ["scheduled", "dozat2016"])
 def test_v_decays_and_m_follows(rule, narrow):
-    """Rounded to the nearest, v would stay at .196 for ever in bfloat16."""
+    """Rounded to the nearest, v would stay at .196 in bfloat16."""
     grads = jnp.asarray(np.repeat([1.0, 0.0], [200, 2000])[:, None, None] * np.ones((64, 64)), jnp.bfloat16)
     state, _ = trained(scale_by_nadam(rule=rule, **narrow), grads)
     v = np.asarray(numbers(state.v), float)
@@ -43,8 +43,8 @@ def test_v_decays_and_m_follows(rule, narrow):
 @every_format
 @pytest.mark.parametrize("rule", ["scheduled", "dozat2016", "loss_scaled", "eps_hat"])
 @pytest.mark.parametrize("steps", [1, 300])
-def test_updates_are_those_of_the_reference_in_the_mean(rng, rule, steps, narrow):
-    """Over 4096 elements alike the errors of rounding average out; of each they are a few hundredths."""
+def test_updates_are_unbiased(rng, rule, steps, narrow):
+    """Over 4096 equal elements the rounding errors average out; in each they are a few hundredths."""
     g = rng.normal(size=steps).astype(np.float32)
     grads = jnp.asarray(np.tile(g[:, None, None], (64, 64)))
     _, updates = trained(scale_by_nadam(rule=rule, **narrow), grads)
@@ -56,15 +56,15 @@ def test_updates_are_those_of_the_reference_in_the_mean(rng, rule, steps, narrow
 
 
 def test_bytes_follow_gradients_of_very_different_sizes(rng):
-    """In one row, from 1 to 1e-4: each element's v is right in the mean, each update as long as it ought to be."""
+    """In one row, from 1 to 1e-4: each element's v is unbiased, each update has the right length."""
     sizes = np.geomspace(1, 1e-4, 256, dtype=np.float32)
     grads = rng.normal(size=(1500, 64, 256)).astype(np.float32) * sizes
     tx = scale_by_nadam(rule="constant", **NARROW["int8"])
     state, _ = trained(tx, jnp.asarray(grads))
     _, m, v, _ = Nadam("constant").history(grads.astype(float))
-    share = np.asarray(numbers(state.v), float) / v[-1]
-    np.testing.assert_allclose(np.mean(share), 1, atol=0.02)
-    by_size = np.mean(share, axis=0).reshape(8, 32).mean(axis=1)
+    ratio = np.asarray(numbers(state.v), float) / v[-1]
+    np.testing.assert_allclose(np.mean(ratio), 1, atol=0.02)
+    by_size = np.mean(ratio, axis=0).reshape(8, 32).mean(axis=1)
     np.testing.assert_allclose(by_size, 1, atol=0.1)
     error = np.asarray(numbers(state.m), float) - m[-1]
     assert abs(np.mean(error / sizes)) < 0.02

@@ -1,4 +1,4 @@
-"""Codes of a byte: of every number either neighbour, right in the mean; rows, scales and sizes."""
+"""Codes of a byte: one of the two next to each number, unbiased; rows, scales and sizes."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from optax_nadam._quantized import quantize
 from optax_nadam._rounding import RandomBits
 
 MANY = 2**18
-CHANCE = RandomBits(jnp.int32(1), high=False)
+BITS = RandomBits(jnp.int32(1), high=False)
 SIGNED, UNSIGNED = jnp.int8, jnp.uint8
 
 
@@ -23,7 +23,7 @@ def of(dtype, shape):
 
 
 def levels(dtype):
-    """Every number there is, for a scale of 1."""
+    """Every number that a code stands for, with a scale of 1."""
     codes = jnp.arange(-127, 128, dtype=dtype) if dtype == SIGNED else jnp.arange(256).astype(dtype)
     return np.asarray(Quantized(codes, jnp.ones((), jnp.bfloat16)).decode(jnp.float32), float)
 
@@ -36,33 +36,33 @@ def test_levels_are_squares_with_a_sign_and_fourth_powers():
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**-100, 2.0**90])
 @pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
-@pytest.mark.parametrize("share", [0.999, 0.7, 0.1234, 0.01, 3e-4, 2e-6])
-def test_either_neighbour_and_right_in_the_mean(dtype, share, scale):
-    rows = jnp.full((MANY // 64, 64), np.float32(share * scale)).at[:, 0].set(scale)
-    kept = quantize(rows, of(dtype, rows.shape), CHANCE)
-    got = np.asarray(kept.decode(jnp.float32), float)[:, 1:] / scale
+@pytest.mark.parametrize("fraction", [0.999, 0.7, 0.1234, 0.01, 3e-4, 2e-6])
+def test_either_neighbour_and_unbiased(dtype, fraction, scale):
+    rows = jnp.full((MANY // 64, 64), np.float32(fraction * scale)).at[:, 0].set(scale)
+    stored = quantize(rows, of(dtype, rows.shape), BITS)
+    got = np.asarray(stored.decode(jnp.float32), float)[:, 1:] / scale
     possible = levels(dtype)
-    above = possible[np.searchsorted(possible, share)]
-    below = possible[np.searchsorted(possible, share) - 1]
+    above = possible[np.searchsorted(possible, fraction)]
+    below = possible[np.searchsorted(possible, fraction) - 1]
     if dtype == UNSIGNED:  # which has no zero
-        share = max(share, possible[1])
+        fraction = max(fraction, possible[1])
     assert np.all((np.abs(got - above) <= 1e-6 * above) | (np.abs(got - below) <= 1e-6 * above))
-    assert abs(np.mean(got) - share) < 5 * (above - below) / 2 / np.sqrt(got.size) + 1e-6 * share
+    assert abs(np.mean(got) - fraction) < 5 * (above - below) / 2 / np.sqrt(got.size) + 1e-6 * fraction
 
 
 def test_signs_are_kept_and_small_second_moments_stay_above_zero():
     row = jnp.tile(jnp.array([1.0, -1.0, -1e-3, 1e-20]), 16)[None]
-    m = quantize(row, of(SIGNED, (1, 64)), CHANCE).decode(jnp.float32)
+    m = quantize(row, of(SIGNED, (1, 64)), BITS).decode(jnp.float32)
     assert np.all(np.sign(m) * np.sign(row) >= 0)
     assert np.all(m[0, :2] == row[0, :2])
-    v = quantize(jnp.abs(row), of(UNSIGNED, (1, 64)), CHANCE).decode(jnp.float32)
+    v = quantize(jnp.abs(row), of(UNSIGNED, (1, 64)), BITS).decode(jnp.float32)
     np.testing.assert_allclose(np.min(v), 255.0**-4, rtol=5e-7)
 
 
 @pytest.mark.parametrize("largest", [1.0, 1.00001, 3.3e-5, 1.999, 7.7e30, 1.5e-38])
 def test_the_scale_is_the_next_bfloat16_of_the_largest_in_the_row(largest):
     row = jnp.linspace(-largest, largest / 2, 64)[None]
-    scale = float(quantize(row, of(SIGNED, (1, 64)), CHANCE).scale[0])
+    scale = float(quantize(row, of(SIGNED, (1, 64)), BITS).scale[0])
     largest = float(np.float32(largest))
     assert largest <= scale < largest * (1 + 2**-7)
     assert scale == largest or float(jnp.nextafter(jnp.bfloat16(scale), jnp.bfloat16(0))) < largest
@@ -71,7 +71,7 @@ def test_the_scale_is_the_next_bfloat16_of_the_largest_in_the_row(largest):
 @pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
 def test_rows_of_zeros_are_zeros_and_what_is_not_finite_shows_in_its_row_alone(dtype):
     rows = jnp.zeros((4, 64)).at[1].set(3.0).at[2, 5].set(jnp.nan).at[3, 5].set(jnp.inf)
-    got = np.asarray(quantize(rows, of(dtype, rows.shape), CHANCE).decode(jnp.float32))
+    got = np.asarray(quantize(rows, of(dtype, rows.shape), BITS).decode(jnp.float32))
     assert np.all(got[0] == 0)
     assert np.all(got[1] == 3)
     assert np.all(np.isnan(got[2]))
@@ -103,7 +103,7 @@ def test_a_scale_for_as_many_of_the_last_axes_as_hold_64_elements(shape, scales,
     assert sum(x.nbytes for x in jax.tree.leaves((m, v))) <= 2.07 * math.prod(shape)
 
     x = rng.normal(size=shape).astype(np.float32)
-    got = np.asarray(decode(encode(jnp.asarray(x), m, CHANCE), jnp.float32))
+    got = np.asarray(decode(encode(jnp.asarray(x), m, BITS), jnp.float32))
     row = np.max(np.abs(x), axis=tuple(range(len(scales), len(shape))), keepdims=True)
     assert np.all(np.abs(got - x) <= row * ((2 * np.sqrt(np.abs(x) / row) + 1 / 127) / 127 + 0.01))
 

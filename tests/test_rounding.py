@@ -1,4 +1,4 @@
-"""Stochastic rounding: unbiased, never further than the next number, a function of position and step alone."""
+"""Stochastic rounding: unbiased, to one of the two nearest numbers, a function of position and step only."""
 
 import chex
 import numpy as np

@@ -1,4 +1,4 @@
-"""The search through an optimizer state, and what is done to a state between steps."""
+"""Nadam's state: finding it, converting its moments, replacing its values."""
 
 import chex
 import jax
@@ -56,13 +56,13 @@ def test_a_converted_state_is_one_that_the_other_optimizer_makes_and_continues(r
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
-def test_what_has_the_format_stays_as_it_is(rng, dtype):
+def test_moments_already_in_the_format_are_not_changed(rng, dtype):
     _, state = a_state(rng, dtype)
     chex.assert_trees_all_equal(convert_moments(state, m_dtype=dtype, v_dtype=dtype), state)
 
 
 def test_to_a_wider_format_and_back_is_the_same_within_the_codes(rng):
-    """The largest of a row need not be its scale any more, so codes may move, by one."""
+    """The scale of a row may change with its largest element, so codes may change by one."""
     _, state = a_state(rng, "int8")
     back = convert_moments(convert_moments(state, m_dtype=None, v_dtype=None), m_dtype="int8", v_dtype="int8")
     for a, b in zip(*(jax.tree.leaves((s.m["w"].codes, s.v["w"].codes)) for s in (state, back)), strict=True):
@@ -103,15 +103,15 @@ def test_bad_arguments():
     state = scale_by_nadam().init(jnp.ones(3))
     with pytest.raises(ValueError, match=r"v_dtype must be None, int8, .*got 'int4'"):
         convert_moments(state, m_dtype=None, v_dtype="int4")
-    with pytest.raises(ValueError, match="must hold a ScaleByNadamState, but holds none"):
+    with pytest.raises(ValueError, match=r"must hold a ScaleByNadamState, but holds none\. Pass what"):
         convert_moments(optax.adam(0.1).init(jnp.ones(3)), m_dtype=None, v_dtype=None)
 
 
-@pytest.mark.parametrize("said", [{"m_dtype": "int8"}, {"v_dtype": None}])
-def test_no_format_changes_unasked(said):
+@pytest.mark.parametrize("given", [{"m_dtype": "int8"}, {"v_dtype": None}])
+def test_both_formats_are_required(given):
     state = scale_by_nadam().init(jnp.ones(3))
     with pytest.raises(TypeError, match="missing 1 required keyword-only argument"):
-        convert_moments(state, **said)
+        convert_moments(state, **given)
 
 
 def inside_everything(tx):

@@ -54,7 +54,7 @@ def test_moments_cannot_be_float16_and_why():
 @pytest.mark.parametrize("make", [scale_by_nadam, nadam, nadamw])
 @pytest.mark.parametrize("name", ["b1", "b2", "eps", "eps_root", "momentum_decay"])
 @pytest.mark.parametrize("value", ["0.9", None, [0.9]])
-def test_hyperparameters_that_are_no_numbers(make, name, value):
+def test_hyperparameters_that_are_not_numbers(make, name, value):
     with raises(TypeError, name, "must be a number or a scalar array", f"got {value!r}"):
         make(**{name: value})
 
@@ -70,7 +70,7 @@ def test_hyperparameters_that_are_not_scalars():
 
 
 @pytest.mark.parametrize("make", [nadam, nadamw])
-def test_learning_rates_that_are_none(make):
+def test_what_is_not_a_learning_rate(make):
     with raises(
         TypeError,
         "learning_rate must be a number, a scalar array, an optax.Schedule or an optax_nadam.ScheduleConfig",
@@ -108,7 +108,7 @@ def test_integer_gradients():
         tx.update(replaced(bias=jnp.ones(2, jnp.int32)), state)
 
 
-def test_leaves_that_are_no_arrays():
+def test_leaves_that_are_not_arrays():
     with raises(TypeError, "params['dense']['bias'] is 'relu'; a leaf must be an array, or None"):
         nadam().init(replaced(bias="relu"))
 

@@ -1,4 +1,4 @@
-"""The transformations that some variants need and Optax lacks."""
+"""The transformations that some variants need and Optax does not have."""
 
 import chex
 import jax
@@ -40,7 +40,7 @@ def test_the_global_norm_is_right_in_every_dtype(rng, dtype):
             np.testing.assert_allclose(np.asarray(got, x.dtype), x, rtol=2 * unit(dtype))
 
 
-def test_the_global_norm_neither_overflows_nor_stands_still_in_narrow_dtypes():
+def test_the_global_norm_neither_overflows_nor_stalls_in_narrow_dtypes():
     tenth, _ = clip_by_global_norm(1.0).update(jnp.full(1000, 10.0, jnp.float16), optax.EmptyState())
     np.testing.assert_allclose(tenth, 1000**-0.5, rtol=unit(jnp.float16))
     many = 2000 * [jnp.ones(1, jnp.bfloat16)]
@@ -90,7 +90,7 @@ def test_bad_norms(bad):
 @every_dtype
 @pytest.mark.parametrize("as_real", [False, True])
 def test_gradients_accumulate_in_no_narrower_dtype_than_float32_and_their_own(rng, dtype, as_real):
-    """Inside scan, where a state that changed its dtype would be refused."""
+    """Inside scan, which rejects a state that changes its dtype."""
     wide, grads = normal(rng, (6, 8), dtype)
     tx = NadamConfig(learning_rate=0.1, accumulate_steps=3, complex_as_real=as_real).build()
     state, u = jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(grads[0]), grads)
@@ -121,8 +121,8 @@ def test_complex_gradients_accumulate_both_parts():
     chex.assert_trees_all_close(*steps, rtol=1e-6)
 
 
-def test_an_accumulated_mean_in_bfloat16_does_not_stand_still():
-    """In bfloat16 the 256th gradient would no longer count."""
+def test_an_accumulated_mean_in_bfloat16_does_not_stall():
+    """A mean in bfloat16 would ignore gradients from the 256th on."""
     tx = NadamConfig(accumulate_steps=1000).build()
     g = jnp.ones(2, jnp.bfloat16)
     body = lambda _, s: tx.update(g, s)[1]  # noqa: E731
@@ -197,7 +197,7 @@ def test_a_complex_leaf_as_two_real_ones_is_masked_and_clipped_as_one_leaf(rng, 
 
 @pytest.mark.parametrize("option", [{"cautious": True}, {"clip_update_rms": 0.5}])
 def test_masks_and_clips_of_complex_leaves_turn_with_them(rng, option):
-    """Nadam's step turns with the gradients, and so does what is done to it: a quarter turn or any other."""
+    """Nadam's step rotates with the gradients, and so do masks and clips: by a quarter turn or any other angle."""
     g = jnp.asarray(rng.normal(size=(10, 6)) + 1j * rng.normal(size=(10, 6)), jnp.complex64)
     tx = NadamConfig(rule="simplified", **option).build()
     turn = jnp.exp(jnp.complex64(0.7j))
@@ -215,7 +215,7 @@ def test_clipping_by_the_rms_takes_the_absolute_value():
 
 
 def test_rows_without_gradient_stay_while_their_moments_decay():
-    tx = _wrappers.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "dense": False})
+    tx = _wrappers.freeze_rows_without_gradient(scale_by_nadam(), {"table": True, "dense": False})
     params = {"table": jnp.ones((3, 2)), "dense": jnp.ones((3, 2))}
     state = tx.init(params)
     first = {name: jnp.asarray([[1.0, 2.0], [0.5, 1.0], [0.0, 0.0]]) for name in params}
@@ -235,8 +235,8 @@ def test_rows_are_chosen_by_a_function_too():
         return jax.tree.map(lambda p: p.ndim == 2, params)
 
     params = {"table": jnp.ones((3, 2)), "bias": jnp.ones(2)}
-    chosen = _wrappers.keep_rows_without_gradient(scale_by_nadam(), mask)
-    fixed = _wrappers.keep_rows_without_gradient(scale_by_nadam(), {"table": True, "bias": False})
+    chosen = _wrappers.freeze_rows_without_gradient(scale_by_nadam(), mask)
+    fixed = _wrappers.freeze_rows_without_gradient(scale_by_nadam(), {"table": True, "bias": False})
     state = chosen.init(params)._replace(m=params, v=params)
     grads = {"table": jnp.asarray([[1.0, 2.0], [0.0, 0.0], [3.0, 0.0]]), "bias": jnp.zeros(2)}
     updates, _ = chosen.update(grads, state)

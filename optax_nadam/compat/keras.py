@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 
 from optax_nadam._config import NadamConfig
 from optax_nadam._schedules import ScheduleConfig
-from optax_nadam._wrappers import keep_rows_without_gradient
+from optax_nadam._wrappers import freeze_rows_without_gradient
 from optax_nadam.compat import _keras_config as configs
 from optax_nadam.compat import _keras_state as states
 from optax_nadam.compat._common import build, cannot_express, load
@@ -186,7 +186,7 @@ def legacy_nadam(
         beta_1=beta_1, beta_2=beta_2, epsilon=epsilon, schedule_decay=schedule_decay, **clips
     )
     tx = build(learning_rate, configs.NAMES, fields)
-    return tx if sparse_rows is None else keep_rows_without_gradient(tx, sparse_rows)
+    return tx if sparse_rows is None else freeze_rows_without_gradient(tx, sparse_rows)
 
 
 def config_from(config: Mapping[str, Any]) -> NadamConfig:

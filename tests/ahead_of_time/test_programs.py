@@ -130,7 +130,7 @@ def test_bfloat16_params_and_gradients_with_float32_moments(target, chips):
 
 
 def room(shapes, target, chips):
-    """For what is no array of the size of a leaf: scales, which are one a row."""
+    """For what is smaller than a leaf: the scales, one a row."""
     return sum(A_LEAF[target] + ROWS[target] * math.prod(shape[:-1]) // chips for shape in shapes.values())
 
 
@@ -144,7 +144,7 @@ EXPECTED = {"bfloat16": {jnp.float32: 20, jnp.bfloat16: 14}, "int8": {jnp.float3
 @every_mesh
 @pytest.mark.parametrize("shapes", [LARGE, MATRICES], ids=["a large leaf", "two leaves"])
 def test_narrow_moments_need_no_kernel_of_their_own(target, chips, shapes, dtype, name):
-    """bfloat16: one pass. Bytes: one over the gradients and codes for the scales, one for all else."""
+    """bfloat16: one pass. int8: one over the gradients and codes for the scales, one for everything else."""
     step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW[name]), shapes, mesh_of(target, chips), dtype)
     expected = EXPECTED[name][dtype]
     assert (
@@ -156,11 +156,11 @@ def test_narrow_moments_need_no_kernel_of_their_own(target, chips, shapes, dtype
 
 
 def test_a_kernel_of_its_own_would_move_more_in_a_chain():
-    """What the library's own leaf update costs as one kernel: less alone, more with the links that follow."""
+    """What the library's own leaf update costs as one kernel: less alone, more in a chain with others."""
     after = optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(1e-3)
     by_kernel, ours = (
-        compiled_step(optax.chain(link, *after), LARGE, mesh_of("tpu", 1))
-        for link in (byte_kernel.scale_by_kernel(), byte_kernel.OURS)
+        compiled_step(optax.chain(nadam, *after), LARGE, mesh_of("tpu", 1))
+        for nadam in (byte_kernel.scale_by_kernel(), byte_kernel.OURS)
     )
     assert kernels(by_kernel)["tpu_custom_call"] == 1
     assert 24 <= traffic(by_kernel) / size(LARGE) < 24.01
@@ -170,11 +170,11 @@ def test_a_kernel_of_its_own_would_move_more_in_a_chain():
 
 
 def test_a_row_of_bytes_over_several_chips_agrees_on_its_scales_and_nothing_else():
-    """A vector is one row: the largest of m and of v go round."""
+    """A vector is one row: only the maxima of m and v are exchanged."""
     mesh = mesh_of("tpu", 16)
     step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW["int8"]), {"b": (8192,)}, mesh)
     assert collectives(step) == {"all-reduce": 1}
-    assert "all-reduce" not in {x.operation for x in instructions(step)}  # scalars, which are no arrays
+    assert "all-reduce" not in {x.operation for x in instructions(step)}  # scalars, not arrays
     assert not collectives(compiled_step(optax_nadam.nadamw(1e-3, **NARROW["bfloat16"]), {"b": (8192,)}, mesh))
 
 
@@ -182,7 +182,7 @@ def test_a_row_of_bytes_over_several_chips_agrees_on_its_scales_and_nothing_else
 @every_mesh
 @pytest.mark.parametrize(("remainder", "more"), [("int8", 2), ("int16", 4)])
 @pytest.mark.parametrize(("moments", "expected"), [(None, 22), ("bfloat16", 14), ("int8", 14)])
-def test_compensated_weights_cost_the_bytes_they_keep_and_no_more(remainder, more, moments, expected, target, chips):
+def test_compensated_weights_cost_the_bytes_they_store_and_no_more(remainder, more, moments, expected, target, chips):
     inner = optax_nadam.nadamw(1e-3, m_dtype=moments, v_dtype=moments)
     step = compiled_step(
         optax_nadam.compensated(inner, remainder_dtype=remainder), LARGE, mesh_of(target, chips), jnp.bfloat16

@@ -74,16 +74,16 @@ def test_the_reference_lists_every_public_name(module):
     assert sorted(listed) == sorted(public)
 
 
-def lengths_by_the_formula(dialect, grads):
-    updates, *_ = reference.Nadam(**dialect).updates(np.asarray(grads, np.float64))
+def lengths_by_the_formula(variant, grads):
+    updates, *_ = reference.Nadam(**variant).updates(np.asarray(grads, np.float64))
     return np.sqrt(np.mean(updates**2, axis=1))
 
 
 @pytest.mark.parametrize("name", plots.VARIANTS)
 def test_lengths_of_steps_with_a_gradient_of_one(name):
-    dialect = plots.VARIANTS[name]
-    expected = lengths_by_the_formula(dialect, np.ones((200, 1)))
-    np.testing.assert_allclose(plots.step_lengths(False, **dialect)[:200], expected, rtol=1e-5)
+    variant = plots.VARIANTS[name]
+    expected = lengths_by_the_formula(variant, np.ones((200, 1)))
+    np.testing.assert_allclose(plots.step_lengths(False, **variant)[:200], expected, rtol=1e-5)
 
 
 def test_lengths_of_steps_in_noise():
@@ -104,8 +104,8 @@ def test_curves_of_the_momenta():
     plots.draw_momenta()
     left, right = plt.gcf().axes
     assert [text.get_text() for text in plt.gcf().legends[0].get_texts()] == list(plots.MOMENTA)
-    for dialect, *lines in zip(plots.MOMENTA.values(), left.lines, right.lines, strict=True):
-        formula = reference.Nadam(**dialect)
+    for variant, *lines in zip(plots.MOMENTA.values(), left.lines, right.lines, strict=True):
+        formula = reference.Nadam(**variant)
         (t, mu), (_, product) = map(curve, lines)
         np.testing.assert_allclose(mu, formula.mu(t), rtol=1e-12)
         products = np.array([formula.mu_product(i) for i in t[t < 100]], float)
@@ -116,10 +116,10 @@ def test_curves_of_the_momenta():
 def test_curves_of_the_lengths():
     plots.draw_step_lengths()
     for axes, noise in zip(plt.gcf().axes, (False, True), strict=True):
-        for dialect, line in zip(plots.VARIANTS.values(), axes.lines, strict=True):
+        for variant, line in zip(plots.VARIANTS.values(), axes.lines, strict=True):
             t, lengths = curve(line)
             assert (t[0], t[-1]) == (1, plots.STEPS)
-            np.testing.assert_array_equal(lengths, plots.step_lengths(noise, **dialect)[t - 1])
+            np.testing.assert_array_equal(lengths, plots.step_lengths(noise, **variant)[t - 1])
     plt.close("all")
 
 

@@ -1,4 +1,4 @@
-"""The page of guarantees names tests; they are there."""
+"""Every test that the page of guarantees names exists."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The layout that CONTRIBUTING shows is the one there is."""
+"""The layout that CONTRIBUTING shows is the real one."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The benchmark of what narrow formats cost in quality, on a task that is trained in no time."""
+"""The benchmark of what narrow formats cost in quality, on a task that trains in an instant."""
 
 import json
 import re
@@ -21,7 +21,7 @@ STRAIGHT = Task(
     steps=40,
     peak=1e-3,
     init=lambda key: jax.random.normal(key, SIGNS.shape),
-    loss=lambda params, batch: jnp.mean(params * batch[0]) + batch[1],  # as steep wherever the weights are
+    loss=lambda params, batch: jnp.mean(params * batch[0]) + batch[1],  # the same gradient at all weights
     draw=lambda key: (SIGNS * jax.random.choice(key, jnp.array([1.0, -0.5])), jnp.array(2.0)),
     train=(SIGNS, jnp.array(2.0)),
     held_out=(-SIGNS, jnp.array(2.0)),
@@ -29,7 +29,7 @@ STRAIGHT = Task(
 )
 
 
-def test_a_byte_is_foretold_from_those_before_it_alone():
+def test_a_byte_is_predicted_from_those_before_it_alone():
     task = _tasks.language_model()
     params, (text, following) = task.init(jax.random.key(0)), jax.tree.map(lambda x: x[:2], task.train)
     np.testing.assert_array_equal(text[:, 1:], following[:, :-1])
@@ -50,7 +50,7 @@ def test_the_network_for_digits_convolves():
 
 
 @pytest.mark.parametrize("make", memory_quality.TASKS)
-def test_nearly_all_weights_are_in_leaves_that_are_kept_in_bytes(make):
+def test_nearly_all_weights_are_in_leaves_that_are_stored_in_bytes(make):
     weights, state = memory_quality.bytes_a_parameter(make(), Format("bytes", memory_quality.BYTES))
     assert weights == 4
     assert 2 < state < 2.2
@@ -77,16 +77,16 @@ def test_compensated_weights_are_measured_with_all_their_bits():
 def test_naive_bytes_are_evenly_spaced_and_small_leaves_whole():
     v = np.random.default_rng(0).random((32, 64)).astype(np.float32)
     v[3] = 0
-    kept = memory_quality._even(jnp.asarray(v))
+    stored = memory_quality._even(jnp.asarray(v))
     largest = v.max(axis=1, keepdims=True)
-    assert kept.codes.dtype == np.uint8
-    assert np.abs(memory_quality._as_number(kept) - v).max() <= largest.max() / 510 + 1e-6
-    np.testing.assert_array_equal(memory_quality._as_number(kept)[3], 0)
+    assert stored.codes.dtype == np.uint8
+    assert np.abs(memory_quality._as_number(stored) - v).max() <= largest.max() / 510 + 1e-6
+    np.testing.assert_array_equal(memory_quality._as_number(stored)[3], 0)
     assert memory_quality._even(jnp.ones((3, 5))).dtype == np.float32
 
 
 def ended(train, curve):
-    """Runs that came to this, one for each seed."""
+    """Runs with these losses, one for each seed."""
     return Runs(np.array(curve), np.array(train), np.array(train))
 
 
@@ -118,7 +118,7 @@ def test_a_ratio_is_judged_by_its_mean_and_the_noise_of_that(values, words):
 
 @pytest.fixture
 def straight(monkeypatch, tmp_path):
-    """One simple task, and a folder for what comes of it."""
+    """One simple task, and a folder for its results."""
     monkeypatch.setattr(memory_quality, "TASKS", (lambda: STRAIGHT,))
     monkeypatch.setattr(memory_quality, "FORMATS", FEW[:-1])
     monkeypatch.setattr(memory_quality, "OFFERED", OFFERED[:2])

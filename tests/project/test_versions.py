@@ -1,4 +1,4 @@
-"""The version stands in one place; what must repeat it says the same."""
+"""The version is defined in one place; changelog and citation agree with it."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A training that goes on from its last checkpoint: the program that ``test_crash.py`` kills.
+"""A training that continues from its last checkpoint: the program that ``test_crash.py`` kills.
 
 A small network on scikit-learn's digits. The images of a step are a function of its number alone, so that a step
 taken again is the same step.
@@ -25,7 +25,7 @@ HIDDEN = 32
 
 
 class Training(NamedTuple):
-    """All that changes from step to step."""
+    """Everything that changes from step to step."""
 
     params: optax.Params
     opt_state: optax.OptState

@@ -53,7 +53,7 @@ def from_names(arrays, target):
 
 
 def load_npz(path, target):
-    """NumPy takes a bfloat16 for two bytes of no meaning; a view gives it back."""
+    """NumPy stores bfloat16 as two untyped bytes; a view restores the dtype."""
     with np.load(io.BytesIO(path.read_bytes())) as arrays:
         return jax.tree.map(lambda x, like: x.view(like.dtype), from_names(arrays, target), target)
 
@@ -133,7 +133,7 @@ def test_orbax_restores_onto_another_sharding(tmp_path):
     restored = load_orbax(tmp_path / STORED, target)
     assert jax.tree.map(lambda x: x.sharding, restored) == shardings
     assert_same_bits(restored, training)
-    # Spread out, XLA compiles another program, whose last bits may differ: both must be spread out alike.
+    # For a sharded state XLA compiles another program, whose last bits may differ: both must be sharded alike.
     assert_same_bits(take_step(restored), take_step(jax.device_put(training, shardings)))
 
 
@@ -182,7 +182,7 @@ def test_orbax_restores_narrow_formats_onto_another_sharding(tx, tmp_path):
     restored = load_orbax(tmp_path / STORED, target)
     assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, target)
     assert_same_bits(restored, training)
-    # Spread out, XLA compiles another program, whose last bits may differ: both must be spread out alike.
+    # For a sharded state XLA compiles another program, whose last bits may differ: both must be sharded alike.
     assert_same_bits(step(restored), step(jax.device_put(training, jax.tree.map(lambda x: x.sharding, target))))
 
 
@@ -230,7 +230,7 @@ def recorded():
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_a_state_of_an_earlier_release_loads_and_goes_on_as_it_did_there(name, recorded):
+def test_a_state_of_an_earlier_release_loads_and_continues_as_it_did_there(name, recorded):
     tx = record_state.optimizer()
     opt_state = RECORDED[name].load(RECORDINGS / name, jax.eval_shape(tx.init, recorded["params"]))
     assert_same_bits(opt_state, recorded["opt_state"])

@@ -106,7 +106,7 @@ def test_bytes_a_parameter(make, rule, dtype, size):
     assert bytes_a_parameter(compiled(make(1e-3, rule=rule), leaf(dtype=dtype))) < size + 0.001
 
 
-# Flattened, the leaves share the three of the update, and each takes one to be cut out and applied.
+# Flattened, all leaves share the three kernels of the update, and each takes one more to be cut out and applied.
 @pytest.mark.parametrize(("wrap", "number"), [(lambda tx: tx, 3 * 20), (optax.flatten, 3 + 20)], ids=["plain", "flat"])
 @both
 def test_kernels_of_20_leaves(make, wrap, number):
@@ -130,13 +130,13 @@ def test_no_temporary_grows_with_the_leaves(make):
     assert temporaries(512) == temporaries(256) < 1024
 
 
-# To know the norm is one more reading of the gradients, 4 bytes. Bytes a parameter, and temporaries, as XLA has them:
+# The norm reads the gradients once more, 4 bytes. Bytes a parameter and temporaries, as XLA counts them:
 CLIPPED = {CLIP: (68, 4), FACTOR: (48, 0)} if jax.__version_info__ >= (0, 10) else {CLIP: (80, 4), FACTOR: (60, 4)}
 
 
-@pytest.mark.parametrize(("link", "size", "temporaries"), [(link, *bounds) for link, bounds in CLIPPED.items()])
-def test_bytes_and_temporaries_behind_clipping(link, size, temporaries):
-    step = compiled(optax.chain(CLIPPINGS[link], nadamw(1e-3)), leaf())
+@pytest.mark.parametrize(("clipping", "size", "temporaries"), [(name, *bounds) for name, bounds in CLIPPED.items()])
+def test_bytes_and_temporaries_behind_clipping(clipping, size, temporaries):
+    step = compiled(optax.chain(CLIPPINGS[clipping], nadamw(1e-3)), leaf())
     assert bytes_a_parameter(step) < size + 0.01
     assert temporaries_a_parameter(step) < temporaries + 0.01
 

@@ -1,4 +1,4 @@
-"""A training that is killed again and again ends as the one that never was, bit for bit."""
+"""A training that is killed again and again ends as one that never was killed, bit for bit."""
 
 import contextlib
 import itertools
@@ -39,7 +39,7 @@ class Life(NamedTuple):
 
 @contextlib.contextmanager
 def running(folder: Path, pause_at: int) -> Iterator[tuple[BaseProcess, Connection]]:
-    """A training in a process of its own, and what it tells; it is gone at the end, whatever happens."""
+    """A training in a process of its own, and what it tells; it is killed at the end, whatever happens."""
     reports, theirs = PROCESSES.Pipe()
     process = PROCESSES.Process(target=resumable.run, args=(folder, theirs, pause_at), daemon=True)
     process.start()
@@ -114,7 +114,7 @@ def killed(folder: Path, rng: np.random.Generator) -> Life:
 
 
 def finished(folder: Path) -> dict[str, bytes]:
-    """All that a training has learned, killed no more, byte for byte."""
+    """The final training, no longer killed, as bytes."""
     with running(folder, pause_at=STEPS) as (process, reports):
         word, told = hear(reports)
         while word != "finished":

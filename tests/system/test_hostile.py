@@ -1,4 +1,4 @@
-"""Hostile values and trees: what comes of them, and that it stays where it was."""
+"""Hostile values and trees: what they lead to, and that they affect nothing else."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import pytest
 from flax import struct
 from jax import numpy as jnp
 
-from optax_nadam import _rules, nadamw, scale_by_nadam
+from optax_nadam import _rules, clip_by_global_norm, nadamw, scale_by_nadam
 from tests.reference import Nadam
 
 ALL_RULES = pytest.mark.parametrize("rule", _rules.RULES)
@@ -47,19 +47,19 @@ def assert_nothing_else_changed(hostile, ordinary):
 
 @ALL_RULES
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan], ids=str)
-def test_a_gradient_that_is_not_finite_spoils_its_own_element_for_good_and_no_other(rule, bad):
+def test_a_gradient_that_is_not_finite_corrupts_its_own_element_for_good_and_no_other(rule, bad):
     tx = scale_by_nadam(rule=rule)
-    spoilt, ordinary = (two_steps(tx, leaves_with(value), leaves_with(1.0)) for value in (bad, 1.0))
-    for got, expected in zip(spoilt, ordinary, strict=True):
+    corrupted, ordinary = (two_steps(tx, leaves_with(value), leaves_with(1.0)) for value in (bad, 1.0))
+    for got, expected in zip(corrupted, ordinary, strict=True):
         assert_nothing_else_changed(got, expected)
-    assert np.all(np.isnan(elements(spoilt[0][:1], HERE)))
-    assert not np.any(np.isfinite(elements(spoilt[0], HERE)))
-    assert np.all(np.isnan(elements(spoilt[1], HERE)))
+    assert np.all(np.isnan(elements(corrupted[0][:1], HERE)))
+    assert not np.any(np.isfinite(elements(corrupted[0], HERE)))
+    assert np.all(np.isnan(elements(corrupted[1], HERE)))
 
 
 @of_optax
 @ALL_RULES
-def test_apply_if_finite_runs_on_as_if_the_bad_gradients_had_never_come(rule):
+def test_apply_if_finite_continues_as_if_the_bad_gradients_had_never_come(rule):
     tx = optax.apply_if_finite(nadamw(0.1, rule=rule), max_consecutive_errors=3)
     update = jax.jit(tx.update)
 
@@ -93,7 +93,7 @@ TOO_LARGE = {
 @ALL_RULES
 @pytest.mark.x64
 @pytest.mark.parametrize("dtype", TOO_LARGE, ids=lambda d: jnp.dtype(d).name)
-def test_a_square_that_overflows_stops_its_element_at_once_and_spoils_it_for_good(rule, dtype):
+def test_a_square_that_overflows_stops_its_element_at_once_and_corrupts_it_for_good(rule, dtype):
     tx = scale_by_nadam(rule=rule)
     for value in TOO_LARGE[dtype]:
         hostile, ordinary = (two_steps(tx, leaves_with(x, [dtype]), leaves_with(1.0, [dtype])) for x in (value, 1.0))
@@ -111,6 +111,7 @@ CLIPS = {
     "clip": (optax.clip(1e18), lambda g: jax.tree.map(lambda x: jnp.clip(x, -1e18, 1e18), g)),
     # The norm overflows to infinity, by which everything is divided.
     "clip_by_global_norm": (optax.clip_by_global_norm(1.0), lambda g: jax.tree.map(jnp.zeros_like, g)),
+    "our clip_by_global_norm": (clip_by_global_norm(1.0), lambda g: jax.tree.map(jnp.zeros_like, g)),
 }
 
 
@@ -230,13 +231,13 @@ class OfFlax:
 
 @dataclass
 class Checking:
-    """A user's, which accepts arrays, abstract or not, and nothing else."""
+    """A user's, which accepts only arrays, abstract or not."""
 
     w: Any
     b: Any
 
     def __post_init__(self):
-        """Rejects children that are no arrays."""
+        """Rejects children that are not arrays."""
         if not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in (self.w, self.b)):
             raise TypeError(f"expected arrays, got {self.w!r} and {self.b!r}")
 

@@ -1,4 +1,4 @@
-"""Nadam beside, behind and inside everything of Optax that keeps a state: the table is listed from Optax itself."""
+"""Nadam chained with and wrapped in everything of Optax that has a state; the list is made from Optax itself."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ def listed() -> Mapping[str, Callable[..., Any]]:
     return found
 
 
-# What stands around our optimizer, and how it is called.
+# What wraps our optimizer, and how it is called.
 AROUND: dict[str, Callable[[Any], Any]] = {
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
     "chain": lambda tx: optax.chain(optax.clip(1.0), tx),
@@ -56,7 +56,7 @@ AROUND: dict[str, Callable[[Any], Any]] = {
 }
 AROUND["inject_stateful_hyperparams"] = AROUND["inject_hyperparams"]
 
-# What stands beside it needs arguments, some of them of a kind that its name does not tell.
+# The arguments of what is chained with it, by their names.
 ARGUMENTS: dict[str, Any] = {
     "b1": 0.9,
     "clipping": 1.0,
@@ -99,7 +99,7 @@ PARAMS = {"a": jnp.ones((16, 64)), "b": jnp.full((4, 8), 2.0), "c": jnp.ones(3)}
 
 
 def source(params: Any) -> optax.ScaleByAdamState:
-    """The state of another run, in which no number is that of a fresh state."""
+    """The state of another run, in which every number differs from that of a fresh state."""
     return optax.ScaleByAdamState(
         count=jnp.int32(COUNT), mu=jax.tree.map(lambda p: 0.5 * p, params), nu=jax.tree.map(lambda p: 0.25 * p, params)
     )

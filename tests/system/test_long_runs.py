@@ -1,4 +1,4 @@
-"""Long runs: rounding errors do not add up, and counters that come to their end do no harm."""
+"""Long runs: rounding errors do not accumulate, and counters at their largest value are harmless."""
 
 import chex
 import jax
@@ -77,7 +77,7 @@ def test_errors_do_not_grow_with_the_steps(rule, steps, h):
         # The same in every decade of steps, so whatever the step.
         assert max(by_decade(relative_errors(updates[kind], u))) < 4e-7
         assert max(by_decade(relative_errors(ms[kind], m))) < 1e-7
-        # A unit in the last place, at each of the 1/(1-b2) steps that v remembers, up or down by chance.
+        # A unit in the last place, up or down at random, at each of the 1/(1-b2) steps that v averages.
         assert max(by_decade(relative_errors(np.asarray(vs[kind], float) / v, np.ones_like(v)))) < 8e-7
         np.testing.assert_allclose(products, product, rtol=0, atol=1.2e-7)
 
@@ -86,7 +86,7 @@ def test_errors_do_not_grow_with_the_steps(rule, steps, h):
 def test_a_constant_gradient_leads_to_the_limit_as_near_as_float32_comes(rule):
     g = np.asarray([1.0, 0.3, -7.7, -1e-3], np.float32)
     u, m, v, _ = history(scale_by_nadam(rule=rule), np.tile(g, (100_000, 1)))
-    # A moment stops where its next step, the share 1-b of what it lacks, is under half a unit in its last place.
+    # A moment stops where its next change, 1-b of the remaining distance, is under half a unit in its last place.
     m_lacks, v_lacks = ROUNDING / (1 - 0.9), ROUNDING / (1 - 0.999)
     exact = g.astype(float)
     np.testing.assert_allclose(m[-1], exact, rtol=m_lacks + ROUNDING)
@@ -99,7 +99,7 @@ def test_a_constant_gradient_leads_to_the_limit_as_near_as_float32_comes(rule):
 
 @ALL_RULES
 def test_updates_are_right_where_the_count_ends(rng, rule):
-    # Clocks slow enough to be running still after two billion steps.
+    # Decays slow enough to matter still after two billion steps.
     reference = Nadam(rule, b2=1 - 1e-9, momentum_decay=1e-9)
     tx = scale_by_nadam(b2=reference.b2, momentum_decay=reference.momentum_decay, rule=rule)
     g, m = rng.normal(size=(2, 4096)).astype(np.float32)

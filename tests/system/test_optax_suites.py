@@ -1,4 +1,4 @@
-"""Optax's own generic tests, run on our optimizers; and those of sharding, which recent JAX makes Optax pass over.
+"""Optax's own generic tests, run on our optimizers; and those of sharding, which Optax skips on recent JAX.
 
 Optax ships its tests. Three of the files run each of their tests on every optimizer of a list. Here they are loaded
 once more, into a namespace of their own where that list, and the module that its names are looked up in, are ours.
@@ -99,7 +99,7 @@ SUITES = {
     ),
 }
 
-# The words in which a suite passes over a test whose description has all these parts.
+# The message with which a suite skips a test whose description has all these parts.
 SKIPS = {
     ("test_optimizers_can_be_wrapped_in_inject_hyperparams", "'reduce_on_plateau'"): (
         "reduce_on_plateau is not supported by inject_hyperparams."
@@ -108,7 +108,7 @@ SKIPS = {
 
 
 class Namespace(dict[str, Any]):
-    """A module's namespace in which some names keep what they stand for."""
+    """A module's namespace in which some names cannot be reassigned."""
 
     def __init__(self, fixed):
         """Starts with the fixed names."""
@@ -134,7 +134,7 @@ def generated_by(module):
 
 
 def left_out(module, test):
-    """Whether a test, or its whole class, is left out."""
+    """Whether a test, or its whole class, is excluded."""
     return not {test, test.partition(".")[0]}.isdisjoint(SUITES[module].left_out)
 
 
@@ -159,7 +159,7 @@ def test_of_optax(test):
 
 
 def skipped(test):
-    """Runs a test; why it was passed over, if it was."""
+    """Runs a test; returns why it was skipped, if it was."""
     try:
         test.debug()
     except unittest.SkipTest as skip:

@@ -74,15 +74,15 @@ def assert_documented(state, tree, steps):
     """The state is what its docstring says, for these gradients after these steps."""
     chex.assert_type([state.count, state.mu_product], [jnp.int32, jnp.zeros(()).dtype])
     assert state.count == steps
-    kept = {"float16": "float32", "bfloat16": "float32"}
+    stored_in = {"float16": "float32", "bfloat16": "float32"}
     real = {"complex64": "float32", "complex128": "float64"}
-    m = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kept.get(leaf.dtype, leaf.dtype)), tree)
+    m = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, stored_in.get(leaf.dtype, leaf.dtype)), tree)
     v = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, real.get(x.dtype.name, x.dtype)), m)
     chex.assert_trees_all_equal_shapes_and_dtypes((state.m, state.v), (m, v))
 
 
 def assert_within(got, expected, scale, dtype, narrow=None):
-    """Right to a few roundings of the largest number met on the way, and to the one rounding to a narrow dtype."""
+    """Equal to within a few roundings of the largest intermediate number, and one rounding to a narrow dtype."""
     got = np.asarray(got).astype(expected.dtype)
     computed = 4e-7 if jnp.finfo(dtype).bits <= 32 else 1e-14
     stored = jnp.finfo(narrow or dtype)
@@ -92,7 +92,7 @@ def assert_within(got, expected, scale, dtype, narrow=None):
 
 
 def check(reference, tree, steps, seed):
-    """Takes the steps and compares all there is."""
+    """Takes the steps and compares updates and state."""
     rng = np.random.default_rng(seed)
     grads = jax.tree.map(lambda leaf: gradients(rng, leaf, steps), tree)
     h = {name: getattr(reference, name) for name in _rules.Hyperparameters._fields}

@@ -1,4 +1,4 @@
-"""Over eight devices: where the state lies, what the devices say to each other, and that the numbers do not change."""
+"""Over eight devices: how the state is sharded, what is communicated, and that the numbers do not change."""
 
 import contextlib
 import functools
@@ -71,7 +71,7 @@ def assert_laid_out(tree, mesh):
 @in_axes
 @pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-def test_moments_lie_as_the_params_do_from_the_start(axes, compile, dtype):
+def test_moments_are_sharded_like_the_params_from_the_start(axes, compile, dtype):
     with mesh_of(axes) as mesh:
         state = compile(nadamw().init)(laid_out({name: np.ones((16, 24), dtype) for name in SPECS}, mesh))
         assert_laid_out(state[0].m, mesh)
@@ -102,7 +102,7 @@ def test_steps_need_no_collective_and_give_the_numbers_of_one_device(rng, axes, 
 
 
 def test_moments_split_over_replicas_of_the_params_cost_one_gather_of_the_update(rng):
-    """ZeRO-1: each device keeps an eighth of the moments and computes an eighth of the update."""
+    """ZeRO-1: each device stores an eighth of the moments and computes an eighth of the update."""
     params = {"kernel": rng.standard_normal((64, 32)).astype(np.float32), "bias": np.zeros(32, np.float32)}
     grads = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), params)
     alone = nadamw(1e-2)
@@ -169,8 +169,8 @@ def test_replicas_under_shard_map_take_the_step_of_the_mean_gradient(rng, mean_o
 @pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
 @in_axes
 @pytest.mark.parametrize("narrow", ["bfloat16", "int8"])
-def test_narrow_formats_lie_as_the_params_do_and_give_the_same_bits(axes, narrow, rng):
-    """Whatever is split, also rows of bytes: codes like the params, scales like the rows."""
+def test_narrow_formats_are_sharded_like_the_params_and_give_the_same_bits(axes, narrow, rng):
+    """Whichever axes are split, also those of rows: codes like the params, scales like the rows."""
     tree = {name: rng.standard_normal((16, 64 * n)).astype(jnp.bfloat16) for n, name in enumerate(SPECS, start=1)}
     tx = compensated(nadamw(1e-2, m_dtype=narrow, v_dtype=narrow))
 
@@ -181,8 +181,8 @@ def test_narrow_formats_lie_as_the_params_do_and_give_the_same_bits(axes, narrow
     with mesh_of(axes) as mesh:
         params, state = stepped(laid_out(tree, mesh))
         moments = state.inner_state[0].m, state.inner_state[0].v
-        for kept in (params, state.remainder, *moments):
-            assert_laid_out({name: getattr(x, "codes", x) for name, x in kept.items()}, mesh)
+        for stored in (params, state.remainder, *moments):
+            assert_laid_out({name: getattr(x, "codes", x) for name, x in stored.items()}, mesh)
         if narrow == "int8":
             for name, x in moments[0].items():
                 rows = NamedSharding(mesh, PartitionSpec(*SPECS[name][:1]))
