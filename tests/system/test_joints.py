@@ -34,7 +34,7 @@ def listed() -> Mapping[str, Callable[..., Any]]:
 # What wraps our optimizer, and how it is called.
 AROUND: dict[str, Callable[[Any], Any]] = {
     "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "chain": lambda tx: optax.chain(optax.clip(1.0), tx),
+    "chain": lambda tx: optax.chain(optax.trace(0.5), tx),
     "conditionally_mask": lambda tx: optax.conditionally_mask(tx, lambda step: step > 0),
     "conditionally_transform": lambda tx: optax.conditionally_transform(tx, lambda step: step > 0),
     "flatten": optax.flatten,
@@ -284,3 +284,56 @@ def test_python_numbers_in_a_state_are_named(field, value, place):
         tx.update(PARAMS, state)
     with pytest.raises(TypeError, match=rf"opt_state got a state in which {place} is {value}"):
         compat.optax.load_state(state, source(PARAMS), config=CONFIG)
+
+
+FORMATS: dict[str, Callable[[], Any]] = {
+    "float32": lambda: optax_nadam.nadamw(0.1),
+    "bfloat16": lambda: optax_nadam.nadamw(0.1, m_dtype="bfloat16", v_dtype="bfloat16"),
+    "int8": lambda: optax_nadam.nadamw(0.1, m_dtype="int8", v_dtype="int8"),
+    "compensated": lambda: optax_nadam.compensated(optax_nadam.nadamw(0.1, m_dtype="int8", v_dtype="int8")),
+}
+EVERY_KIND: dict[str, Any] = {
+    "real": jnp.ones((16, 64)),
+    "complex": jnp.full(3, 1 + 2j, jnp.complex64),
+    "narrow": jnp.ones((16, 64), jnp.bfloat16),
+}
+# Optax's mechanize takes one dtype for all leaves.
+KINDS: dict[str, Any] = {"mechanize": {"real": EVERY_KIND["real"]}}
+# Updates of compensated are float32; these wrappers want the dtype of the gradients, so they go inside of it.
+INSIDE_ONLY = dict.fromkeys(
+    ("apply_if_finite", "conditionally_mask", "conditionally_transform"), "must have equal output types"
+)
+
+
+def two_steps(tx, params, compiled):
+    """The updates and the state of a second step; compiled, each state is donated to the next step."""
+    update = jax.jit(tx.update, donate_argnums=1) if compiled else tx.update
+    grads, state = jax.tree.map(lambda p: 0.5 * p, params), tx.init(params)
+    if isinstance(params, optax.LookaheadParams):
+        grads = grads.fast
+    for _ in range(2):
+        updates, state = update(grads, state, params)
+    return updates, state
+
+
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+@pytest.mark.parametrize("name", sorted(AROUND))
+def test_every_format_on_every_kind_of_leaf_inside_every_wrapper(name):
+    """Fresh states and those of a step can be donated, and compiled steps are the eager ones."""
+    params = KINDS.get(name, EVERY_KIND)
+    if name == "lookahead":
+        params = optax.LookaheadParams.init_synced(params)
+    for kind, make in FORMATS.items():
+        tx = optax.with_extra_args_support(AROUND[name](make()))
+        if kind == "compensated" and name in INSIDE_ONLY:
+            with pytest.raises(TypeError, match=INSIDE_ONLY[name]):
+                two_steps(tx, params, compiled=True)
+            tx = optax_nadam.compensated(AROUND[name](FORMATS["int8"]()))
+        compiled, eager = two_steps(tx, params, compiled=True), two_steps(tx, params, compiled=False)
+        chex.assert_trees_all_equal_shapes_and_dtypes(compiled, eager)
+        # A product and a sum that the compiler makes one operation are rounded once.
+        chex.assert_trees_all_close(*map(as_float32, (compiled[0], eager[0])), rtol=1e-5, atol=1e-6)
+
+
+def as_float32(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
