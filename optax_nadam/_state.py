@@ -107,6 +107,18 @@ def get_state(opt_state: Any) -> ScaleByNadamState:
     return the_node("opt_state", opt_state, ScaleByNadamState)
 
 
+def map_parts(f: Callable[[Any], Any], opt_state: Any) -> Any:
+    """The optimizer state with ``f`` of each largest part that has one Nadam state: of the whole where that has one."""
+
+    def mapped(node: Any) -> Any:
+        found = sum(1 for _ in nodes_of(node, ScaleByNadamState))
+        if found <= 1:
+            return f(node) if found else node
+        return jax.tree.map(mapped, node, is_leaf=lambda child: child is not node)
+
+    return mapped(opt_state)
+
+
 def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DTypeLike | None) -> Any:
     """The same optimizer state with its moments in other formats, and back.
 
@@ -215,13 +227,19 @@ def put_count(opt_state: Any, *, count: int, mu_product: float) -> Any:
     """
     get_state(opt_state)
 
-    def set_counter(node: Any) -> Any:
-        return node._replace(**{_COUNTERS[type(node)]: _as_int32(count)})
-
     def set_nadam(state: ScaleByNadamState) -> ScaleByNadamState:
         return state._replace(count=_as_int32(count), mu_product=jnp.array(mu_product, state.mu_product.dtype))
 
-    return map_nodes(set_nadam, map_nodes(set_counter, opt_state, tuple(_COUNTERS)), ScaleByNadamState)
+    return map_nodes(set_nadam, put_counters(opt_state, count), ScaleByNadamState)
+
+
+def put_counters(opt_state: Any, count: int) -> Any:
+    """The optimizer state with ``count`` in the counters of schedules."""
+
+    def set_counter(node: Any) -> Any:
+        return node._replace(**{_COUNTERS[type(node)]: _as_int32(count)})
+
+    return map_nodes(set_counter, opt_state, tuple(_COUNTERS))
 
 
 def _as_int32(count: int) -> jax.Array:
