@@ -95,8 +95,9 @@ def tagged(tags: Mapping[Label, int], shapes: Mapping[Label, tuple[int, ...]]) -
 def tags_in(leaf: Any) -> set[int]:
     """The tags in a leaf of what ``to_params`` made of tagged arrays."""
     array = np.real(np.asarray(leaf))
-    low, high = array.min(initial=np.inf), array.max(initial=-np.inf)
-    return {int(tag) for tag in ((low,) if low == high else np.unique(array))}
+    if array.size and array.min() == array.max():
+        return {int(array.min())}
+    return {int(tag) for tag in np.unique(array)}
 
 
 def the_tag(place: str, leaf: Any) -> int:

@@ -2,7 +2,7 @@
 
 import functools
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from optax_nadam.compat._torch_leaves import (
     Placeholder,
     as_pairs,
     call,
+    is_masked,
     listed,
     merged,
     select,
@@ -47,6 +48,10 @@ _NO_SHAPE = (
 _COMPLEX = (
     "opt_state has complex moments, but {optimizer} treats the two parts of a complex number as separate numbers. Build"
     " the optimizer with complex_as_real=True, as compat.torch.nadam and compat.timm.nadamw do."
+)
+_UNNAMED_GROUPS = (
+    "from_params returned arrays by name, but param_groups are several without param_names. Return a list in the order"
+    " of the optimizer's parameters, group after group, or add param_names to each group."
 )
 _NO_TAG = -1
 
@@ -93,8 +98,8 @@ def _fresh(part: Any, layout: Layout) -> Any:
 def _owned(
     opt_state: Any, source: Source, to_params: Callable[[Any], Any]
 ) -> Callable[[Any], Mapping[Label, Parameter | None]]:
-    """For a part of the optimizer state, the parameters that its Nadam has: all where there is but one Nadam."""
-    if len(list(nodes_of(opt_state, ScaleByNadamState))) == 1:
+    """For a part of the optimizer state, the parameters that its Nadam has: all where no leaf of it is masked."""
+    if not _any_masked(nodes_of(opt_state, ScaleByNadamState)):
         return lambda part: source.parameters
     # Few tags, so that they survive a conversion to a narrow dtype: the group, and whether a step was taken.
     tags = {label: 2 * source.group_of[label] + (p is not None) for label, p in source.parameters.items()}
@@ -195,7 +200,7 @@ def _owners(
     states: Sequence[ScaleByNadamState], from_params: Callable[[Any], Any], labels: Mapping[Label, Any]
 ) -> Mapping[Label, int]:
     """For each parameter the index of its Nadam, and ``_NO_TAG`` where none has it."""
-    if len(states) == 1:
+    if not _any_masked(states):
         return dict.fromkeys(labels, 0)
     tags = [jax.tree.map(lambda x, i=i: jnp.full(x.shape, i), state.m) for i, state in enumerate(states)]
     found = _by_label(from_params(merged(tags, Placeholder(_NO_TAG))))
@@ -245,11 +250,18 @@ def _dumped_labels(groups: list[dict[str, Any]], labels: list[Label]) -> tuple[l
     if len(labels) != len(ids):
         raise ValueError(f"from_params must return the {len(ids)} parameters of param_groups, got {len(labels)}.")
     if any(isinstance(label, numbers.Integral) for label in (*wanted, *labels)):
+        if len(groups) > 1 and all(isinstance(label, str) for label in labels):
+            raise ValueError(_UNNAMED_GROUPS)
         return labels, ids
     if set(wanted) != set(labels):
         lacking = listed([label for label in wanted if label not in labels])
         raise ValueError(f"from_params must return the parameters that param_groups names; {lacking} are not there.")
     return wanted, ids
+
+
+def _any_masked(states: Iterable[ScaleByNadamState]) -> bool:
+    """Whether a Nadam has not all of the leaves."""
+    return any(is_masked(node) for state in states for node in jax.tree.leaves(state.m, is_leaf=is_masked))
 
 
 def _check_real(opt_state: Any, layout: Layout) -> None:
