@@ -25,7 +25,7 @@ def test_a_checkpoint_is_continued_and_given_back(name, record_property):
     with pytest.warns(UserWarning, match=WARNS[name]) if name in WARNS else contextlib.nullcontext():
         end, state = continued(kind.module, checkpoint, at, grads, **options)
     expected = {key: x[-1] for key, x in theirs.run(grads).items()}
-    record_property("lr", distance(end, expected))
+    record_property("there to here", distance(end, expected))
     assert distance(end, expected) < BOUND
 
     back = Theirs(expected, kind.make)
@@ -41,4 +41,6 @@ def test_a_checkpoint_is_continued_and_given_back(name, record_property):
         as_tensor=lambda x: torch.from_numpy(np.array(x)),
     )
     back.optimizer.load_state_dict(dumped)
-    assert gap(back.run(grads), theirs.run(grads), LR) < BOUND
+    returned = gap(back.run(grads), theirs.run(grads), LR)
+    record_property("back", returned)
+    assert returned < BOUND
