@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, TypeVar
 
@@ -176,18 +176,22 @@ class NadamConfig:
           ValueError: a learning rate that is not finite or not a scalar.
           TypeError: a learning rate that is none of the above.
         """
+        return self._build(learning_rate, [(self.weight_decay, None)])
+
+    def _build(self, learning_rate: Any, decays: Sequence[tuple[float, Any]]) -> optax.GradientTransformationExtraArgs:
+        """The optimizer with these weight decays, each with the mask of the leaves that have it."""
         alpha = self._schedule_or_number(self.learning_rate if learning_rate is None else learning_rate)
         if learning_rate is None and self.learning_rate_decay:
             alpha = inverse_time_decay(alpha, 1.0, self.learning_rate_decay)
-        decoupled = self.weight_decay and not self.coupled_weight_decay
+        decay = [optax.add_decayed_weights(self._decay(x, alpha), mask) for x, mask in decays if x]
         chain = [
             optax.scale(-1.0) if self.maximize else None,
             optax.clip(self.clip_value) if self.clip_value is not None else None,
             wrappers.clip_by_norm(self.clip_norm) if self.clip_norm is not None else None,
             wrappers.clip_by_global_norm(self.clip_global_norm) if self.clip_global_norm is not None else None,
-            optax.add_decayed_weights(self.weight_decay) if self.coupled_weight_decay and self.weight_decay else None,
+            *(decay if self.coupled_weight_decay else ()),
             self._step(),
-            optax.add_decayed_weights(self._decoupled_decay(alpha)) if decoupled else None,
+            *(() if self.coupled_weight_decay else decay),
             optax.scale_by_learning_rate(alpha),
         ]
         tx = wrappers.chain(
@@ -207,11 +211,11 @@ class NadamConfig:
         # A ScheduleConfig counts gradients: step n comes with gradient number n k + (k - 1).
         return lambda count: parsed(count * k + (k - 1))
 
-    def _decoupled_decay(self, learning_rate: Any) -> Any:
-        """The weight decay as a factor of the params in the update."""
-        if self.weight_decay_peak_learning_rate is None:
-            return self.weight_decay
-        factor = self.weight_decay / self.weight_decay_peak_learning_rate
+    def _decay(self, weight_decay: float, learning_rate: Any) -> Any:
+        """The weight decay as a factor of the params in the gradient or in the update."""
+        if self.coupled_weight_decay or self.weight_decay_peak_learning_rate is None:
+            return weight_decay
+        factor = weight_decay / self.weight_decay_peak_learning_rate
         return (lambda count: factor * learning_rate(count)) if callable(learning_rate) else factor * learning_rate
 
     def _step(self) -> optax.GradientTransformationExtraArgs:
@@ -238,6 +242,11 @@ class NadamConfig:
         records: dict[str, Callable[..., Any]] = {"learning_rate": ScheduleConfig, "rule": Rule}
         nested = {name: kind(**fields[name]) for name, kind in records.items() if isinstance(fields[name], Mapping)}
         return cls(**{**fields, **nested})
+
+
+def build_with_masks(config: NadamConfig, decays: Sequence[tuple[float, Any]]) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a config with several weight decays in place of its own, each with a mask as in ``nadamw``."""
+    return config._build(None, decays)
 
 
 def product_after(count: int, config: NadamConfig) -> float:

@@ -138,6 +138,18 @@ def get_state(opt_state: Any) -> ScaleByNadamState:
     return state._replace(m=as_quantized(state.m), v=as_quantized(state.v))
 
 
+def map_parts(f: Callable[[Any], Any], opt_state: Any) -> Any:
+    """The optimizer state with ``f`` of each largest part that has one Nadam state: of the whole where that has one."""
+
+    def mapped(node: Any) -> Any:
+        found = sum(1 for _ in nodes_of(node, ScaleByNadamState))
+        if found <= 1:
+            return f(node) if found else node
+        return jax.tree.map(mapped, node, is_leaf=lambda child: child is not node)
+
+    return mapped(opt_state)
+
+
 def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DTypeLike | None) -> Any:
     """The same optimizer state with its moments in other formats, and back.
 
@@ -248,16 +260,24 @@ def put_count(opt_state: Any, *, count: int, mu_product: float) -> Any:
     """
     get_state(opt_state)
 
-    def replaced(node: Any, **numbers: float) -> Any:
-        return node._replace(**{name: _scalar_like(x, getattr(node, name)) for name, x in numbers.items()})
+    def set_nadam(state: ScaleByNadamState) -> ScaleByNadamState:
+        return _replaced(state, count=_largest_int32(count), mu_product=mu_product)
+
+    return map_nodes(set_nadam, put_counters(opt_state, count), ScaleByNadamState)
+
+
+def put_counters(opt_state: Any, count: int) -> Any:
+    """The optimizer state with ``count`` in the counters of schedules."""
 
     def set_counter(node: Any) -> Any:
-        return replaced(node, **{_COUNTERS[type(node)]: _largest_int32(count)})
+        return _replaced(node, **{_COUNTERS[type(node)]: _largest_int32(count)})
 
-    def set_nadam(state: ScaleByNadamState) -> ScaleByNadamState:
-        return replaced(state, count=_largest_int32(count), mu_product=mu_product)
+    return map_nodes(set_counter, opt_state, tuple(_COUNTERS))
 
-    return map_nodes(set_nadam, map_nodes(set_counter, opt_state, tuple(_COUNTERS)), ScaleByNadamState)
+
+def _replaced(node: Any, **numbers: float) -> Any:
+    """A record with some of its scalars replaced."""
+    return node._replace(**{name: _scalar_like(x, getattr(node, name)) for name, x in numbers.items()})
 
 
 def _largest_int32(count: int) -> int:

@@ -1,32 +1,45 @@
-"""Checkpoints laid out as ``torch.optim.Optimizer.state_dict()`` writes them: what torch's and timm's have in common.
+"""From a checkpoint of torch's or timm's into an optimizer state, and back."""
 
-``{"state": {id: {"step": ..., "exp_avg": ..., "exp_avg_sq": ...}}, "param_groups": [{"params": [id, ...], ...}]}``
-"""
-
-import dataclasses
+import functools
 import numbers
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax import numpy as jnp
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._state import ScaleByNadamState
-from optax_nadam.compat._common import Checkpoint, as_numpy, check_keys, get_numbers, load
-
-_SOURCE = (
-    "source must be what {optimizer}.state_dict() returns, with the keys 'state' and 'param_groups', got {got}. From a"
-    " checkpoint of several parts, pass the optimizer's."
+from optax_nadam._state import (
+    ScaleByNadamState,
+    convert_moments,
+    get_state,
+    map_parts,
+    nodes_of,
+    put_counters,
 )
-_MISSING = "state of parameter {label!r} lacks {missing}: it was not written by {optimizer}."
+from optax_nadam.compat._common import Checkpoint, get_numbers, load
+from optax_nadam.compat._torch_leaves import (
+    Label,
+    Placeholder,
+    as_pairs,
+    call,
+    is_masked,
+    listed,
+    merged,
+    select,
+    tagged,
+    tags_in,
+    the_tag,
+)
+from optax_nadam.compat._torch_source import Layout, Parameter, Source, labels_of
+
 _BEHIND = (
     "the parameters differ in the steps they took: {differences}. One Nadam counts for all of its parameters. Pass"
     " mismatch='largest' to take the largest step and its product of momenta for all, with the moments as they are (and"
-    " zero for what never stepped); or give the groups optimizers of their own (optax.partition) and load each."
+    " zero for what never stepped); or build the optimizer with from_groups(source, to_params), which has a Nadam for"
+    " each kind of parameter group and leaves alone what never stepped."
 )
 _NO_SHAPE = (
     "{labels} never stepped, so that source does not hold the shape of the moments. Pass weights, the model's own"
@@ -36,194 +49,117 @@ _COMPLEX = (
     "opt_state has complex moments, but {optimizer} treats the two parts of a complex number as separate numbers. Build"
     " the optimizer with complex_as_real=True, as compat.torch.nadam and compat.timm.nadamw do."
 )
-
-Label = str | int
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """What an optimizer stores for each parameter.
-
-    Attributes:
-      optimizer: its name in the texts of errors.
-      product: the key of the product of the momenta; None where it stores none.
-      python_numbers: whether step and product are Python numbers rather than arrays.
-    """
-
-    optimizer: str
-    product: str | None
-    python_numbers: bool = False
-
-    @property
-    def scalars(self) -> tuple[str, ...]:
-        """The keys of the numbers that are stored for a parameter, the step first."""
-        return ("step",) if self.product is None else ("step", self.product)
-
-
-class Parameter(NamedTuple):
-    """What is stored for a parameter that took a step."""
-
-    step: int
-    product: float | None
-    m: np.ndarray
-    v: np.ndarray
-
-
-Parameters = Mapping[Label, Parameter | None]  # None where it took no step
-
-
-def groups_of(source: Any, optimizer: str) -> list[Mapping[str, Any]]:
-    """The parameter groups of a checkpoint."""
-    if not isinstance(source, Mapping) or not {"state", "param_groups"} <= set(source):
-        got = f"the keys {sorted(map(str, source))[:10]}" if isinstance(source, Mapping) else type(source).__name__
-        raise ValueError(_SOURCE.format(optimizer=optimizer, got=got))
-    return list(source["param_groups"])
+_UNNAMED_GROUPS = (
+    "from_params returned arrays by name, but param_groups are several without param_names. Return a list in the order"
+    " of the optimizer's parameters, group after group, or add param_names to each group."
+)
+_NO_TAG = -1
 
 
 def load_state(
     opt_state: Any,
-    source: Mapping[str, Any],
+    source: Source,
     to_params: Callable[[Any], Any],
     *,
-    layout: Layout,
-    checkpoint_config: Callable[[], NadamConfig],
+    config_from: Callable[[Mapping[str, Any]], NadamConfig],
     config: NadamConfig | None,
-    names: Sequence[str] | None,
-    weights: Mapping[str, Any] | Sequence[Any] | None,
     mismatch: str,
 ) -> Any:
-    """The optimizer state that continues from a checkpoint; see :func:`optax_nadam.compat.torch.load_state`."""
+    """The optimizer state that continues from a checkpoint, each Nadam in it from its own parameters."""
     validation.check_choice("mismatch", mismatch, ("raise", "largest"))
-    parameters = _read(source, layout, names)
-    like = get_numbers(opt_state)
-    _check_real(like, layout)
-    if not any(parameters.values()):
-        m, v = jax.tree.map(jnp.zeros_like, (like.m, like.v))
-        fresh = Checkpoint(layout.optimizer, 0, 1.0, m, v)
-        return load(opt_state, fresh, lambda moments: moments, None)
-    count, product = _progress(parameters, mismatch)
-    found = Checkpoint(
-        layout.optimizer,
-        count,
-        product,
-        _moments(parameters, "m", weights),
-        _moments(parameters, "v", weights),
-        checkpoint_config() if product is None else None,
-    )
-    return load(opt_state, found, lambda arrays: _converted(arrays, to_params), config)
+    _check_real(opt_state, source.layout)
+    owned = _owned(opt_state, source, to_params)
+
+    @functools.cache
+    def tree(moment: str) -> Any:
+        return call(to_params, _moments(source, moment))
+
+    def load_part(part: Any) -> Any:
+        like, parameters = get_state(part), owned(part)
+        if not any(parameters.values()):
+            return _fresh(part, source.layout)
+        step, product = _progress(parameters, mismatch)
+        _check_shapes(parameters, source.weights)
+        stepped = next(label for label, parameter in parameters.items() if parameter)
+        own = config_from(source.groups[source.group_of[stepped]]) if product is None and config is None else None
+        found = Checkpoint(source.layout.optimizer, step, product, tree("m"), tree("v"), own)
+        return load(part, found, lambda moments: as_pairs(select("m", moments, like.m)), config)
+
+    largest = max((p.step for p in source.parameters.values() if p is not None), default=0)
+    return map_parts(load_part, put_counters(opt_state, largest))
 
 
-def _read(source: Any, layout: Layout, names: Sequence[str] | None) -> Parameters:
-    """What a checkpoint stores for each parameter, by name or by position."""
-    labels, ids = _labels(groups_of(source, layout.optimizer), names)
-    return {label: _parameter(label, source["state"].get(i), layout) for label, i in zip(labels, ids, strict=True)}
+def _fresh(part: Any, layout: Layout) -> Any:
+    """The part of an optimizer state as it is before the first step."""
+    m, v = jax.tree.map(jnp.zeros_like, (get_numbers(part).m, get_numbers(part).v))
+    return load(part, Checkpoint(layout.optimizer, 0, 1.0, m, v), lambda moments: moments, None)
 
 
-def _labels(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> tuple[list[Any], list[Any]]:
-    """A name, or else a position, for each parameter, and the ids that the checkpoint knows them by."""
-    ids = [i for group in groups for i in group["params"]]
-    if names is None and all("param_names" in group for group in groups):
-        names = [name for group in groups for name in group["param_names"]]
-    if names is None:
-        # Ids are names already where torch.distributed has written the checkpoint.
-        return (ids if ids and all(isinstance(i, str) for i in ids) else list(range(len(ids)))), ids
-    _check_names(names, len(ids))
-    return list(names), ids
+def _owned(
+    opt_state: Any, source: Source, to_params: Callable[[Any], Any]
+) -> Callable[[Any], Mapping[Label, Parameter | None]]:
+    """For a part of the optimizer state, the parameters that its Nadam has: all where no leaf of it is masked."""
+    if not _any_masked(nodes_of(opt_state, ScaleByNadamState)):
+        return lambda part: source.parameters
+    # Few tags, so that they survive a conversion to a narrow dtype: the group, and whether a step was taken.
+    tags = {label: 2 * source.group_of[label] + (p is not None) for label, p in source.parameters.items()}
+    others = {label: _NO_TAG for label in source.weights if label not in tags}
+    if max(tags.values(), default=0) > 256:
+        raise ValueError("source has more than 128 parameter groups for several Nadams; load each by itself.")
+    tree = call(to_params, tagged(tags | others, source.shapes()))
+
+    def owned(part: Any) -> Mapping[Label, Parameter | None]:
+        leaves = jax.tree.leaves(select("m", tree, get_state(part).m))
+        own = set().union(*map(tags_in, leaves))
+        return {label: parameter for label, parameter in source.parameters.items() if tags[label] in own}
+
+    return owned
 
 
-def _check_names(names: Sequence[str], expected: int) -> None:
-    if len(names) != expected:
-        raise ValueError(f"names must name the {expected} parameters of the checkpoint, got {len(names)} names.")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"names must differ, got {', '.join(twice)} more than once.")
-
-
-def _parameter(label: Label, entry: Mapping[str, Any] | None, layout: Layout) -> Parameter | None:
-    if not entry:
-        return None
-    expected = (*layout.scalars, "exp_avg", "exp_avg_sq")
-    missing = [key for key in expected if key not in entry]
-    if missing:
-        raise ValueError(_MISSING.format(label=label, missing=", ".join(missing), optimizer=layout.optimizer))
-    check_keys(f"state of parameter {label!r}", entry, expected)
-    step, *product = (as_numpy(entry[key]).item() for key in layout.scalars)
-    m, v = as_numpy(entry["exp_avg"]), as_numpy(entry["exp_avg_sq"])
-    return Parameter(int(step), float(product[0]) if product else None, m, v)
-
-
-def _progress(parameters: Parameters, mismatch: str) -> tuple[int, float | None]:
-    """The step and the product that stand for all parameters."""
-    taken = {label: (0, None) if p is None else (p.step, p.product) for label, p in parameters.items()}
-    largest = max(taken.values(), key=lambda scalars: scalars[0])
-    apart = {label: scalars for label, scalars in taken.items() if not _same(scalars, largest)}
-    if apart and mismatch == "raise":
-        raise ValueError(_BEHIND.format(differences=_described(taken, apart, largest)))
-    return largest
-
-
-def _same(ours: tuple[int, float | None], theirs: tuple[int, float | None]) -> bool:
-    """Whether two parameters took the same steps; their products were rounded apart, of late to denormal numbers."""
-    (step, product), (other_step, other_product) = ours, theirs
-    if step != other_step or product is None or other_product is None:
-        return step == other_step
-    return bool(np.isclose(product, other_product, rtol=1e-4, atol=1e-9))
-
-
-def _described(
-    taken: Mapping[Label, tuple[int, float | None]],
-    apart: Mapping[Label, tuple[int, float | None]],
-    largest: tuple[int, float | None],
-) -> str:
-    def text(scalars: tuple[int, float | None]) -> str:
-        product = "" if scalars[1] is None else f" (product {scalars[1]:.6g})"
-        return f"{scalars[0]}{product}" if scalars[0] else "none"
-
-    kinds = {text(scalars): [label for label, s in apart.items() if s == scalars] for scalars in apart.values()}
-    behind = "; ".join(f"{_listed(labels)} took {kind}" for kind, labels in kinds.items())
-    return f"{behind}; {len(taken) - len(apart)} others took {text(largest)}"
-
-
-def _listed(labels: Sequence[Label]) -> str:
-    shown = ", ".join(map(repr, labels[:5]))
-    return shown if len(labels) <= 5 else f"{shown} and {len(labels) - 5} more"
-
-
-def _moments(parameters: Parameters, moment: str, weights: Any) -> Any:
-    """One moment of each parameter, by name or in order: what ``to_params`` takes."""
-    shapes = _shapes(weights, list(parameters))
-    unknown = [label for label, parameter in parameters.items() if parameter is None and label not in shapes]
-    if unknown:
-        raise ValueError(_NO_SHAPE.format(labels=_listed(unknown)))
+def _moments(source: Source, moment: str) -> dict[Label, Any]:
+    """One moment of each parameter; zero where no step was taken, a placeholder where the shape is not known."""
     # Copies: torch updates in place what an optimizer's state_dict() shows.
-    known = {label: np.array(getattr(p, moment)) for label, p in parameters.items() if p is not None}
-    zeros = {label: np.zeros_like(as_numpy(x)) for label, x in shapes.items() if label not in known}
-    arrays = {label: (known | zeros)[label] for label in dict.fromkeys((*parameters, *shapes))}
-    return arrays if all(isinstance(label, str) for label in arrays) else list(arrays.values())
+    known = {label: np.array(getattr(p, moment)) for label, p in source.parameters.items() if p is not None}
+    zeros = {label: np.zeros(x.shape, np.float32) for label, x in source.weights.items() if label not in known}
+    unknown = {label: Placeholder(0) for label in source.parameters if label not in known and label not in zeros}
+    arrays = known | zeros | unknown
+    return {label: arrays[label] for label in dict.fromkeys((*source.parameters, *zeros))}
 
 
-def _shapes(weights: Any, labels: list[Label]) -> Mapping[Label, Any]:
-    """The model's own arrays by label."""
-    if weights is None or isinstance(weights, Mapping):
-        return weights or {}
-    if len(weights) != len(labels):
-        raise ValueError(f"weights must be the {len(labels)} parameters of the checkpoint, got {len(weights)}.")
-    return dict(zip(labels, weights, strict=True))
+def _check_shapes(parameters: Mapping[Label, Parameter | None], weights: Mapping[Label, Any]) -> None:
+    """Rejects parameters that never stepped and whose shape is not known."""
+    unknown = [label for label, parameter in parameters.items() if parameter is None and label not in weights]
+    if unknown:
+        raise ValueError(_NO_SHAPE.format(labels=listed(unknown)))
 
 
-def _converted(arrays: Any, to_params: Callable[[Any], Any]) -> Any:
-    """The moments as a tree like that of the optimizer state: a complex leaf is a pair of real ones."""
-    try:
-        tree = to_params(arrays)
-    except KeyError as error:
-        if not isinstance(arrays, Mapping) or not error.args or error.args[0] in arrays:
-            raise
-        raise ValueError(
-            f"to_params asked for {error.args[0]!r}, but the checkpoint has moments of {_listed(list(arrays))} only."
-            " Pass weights, the model's own arrays by name, to fill up with zeros."
-        ) from error
-    identity = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
-    return optax.contrib.split_real_and_imaginary(identity).init(tree).inner_state
+def _progress(parameters: Mapping[Label, Parameter | None], mismatch: str) -> tuple[int, float | None]:
+    """The step and the product that stand for all parameters: of the largest step, in the widest dtype."""
+    largest = max((p for p in parameters.values() if p), key=lambda p: (p.step, jnp.finfo(p.dtype).bits))
+    apart = {label: p for label, p in parameters.items() if p is None or not _same(p, largest)}
+    if apart and mismatch == "raise":
+        raise ValueError(_BEHIND.format(differences=_described(apart, len(parameters) - len(apart), largest)))
+    return largest.step, largest.product
+
+
+def _same(p: Parameter, largest: Parameter) -> bool:
+    """Whether two parameters took the same steps. torch rounds each product to the dtype of its parameter."""
+    if p.step != largest.step or p.product is None or largest.product is None:
+        return p.step == largest.step
+    dtype = jnp.finfo(p.dtype)
+    rtol = max(1e-4, p.step * float(dtype.eps) / 2)
+    return bool(np.isclose(p.product, largest.product, rtol=rtol, atol=max(1e-9, float(dtype.smallest_normal))))
+
+
+def _described(apart: Mapping[Label, Parameter | None], others: int, largest: Parameter) -> str:
+    def text(p: Parameter | None) -> str:
+        return "none" if p is None else f"{p.step}" + ("" if p.product is None else f" (product {p.product:.6g})")
+
+    kinds: dict[str, list[Label]] = {}
+    for label, parameter in apart.items():
+        kinds.setdefault(text(parameter), []).append(label)
+    behind = "; ".join(f"{listed(labels)} took {kind}" for kind, labels in kinds.items())
+    return f"{behind}; {others} others took {text(largest)}"
 
 
 def dump_state(
@@ -238,21 +174,37 @@ def dump_state(
 
     Of the groups, a single one without ``params`` gets all parameters.
     """
-    state = get_numbers(opt_state)
-    _check_real(state, layout)
-    m, v = (_by_label(from_params(_merged(tree))) for tree in (state.m, state.v))
+    _check_real(opt_state, layout)
+    states = list(nodes_of(convert_moments(opt_state, m_dtype=None, v_dtype=None), ScaleByNadamState))
+    m, v = (
+        _by_label(from_params(merged([getattr(state, moment) for state in states], Placeholder(0))))
+        for moment in ("m", "v")
+    )
+    owners = _owners(states, from_params, m)
     groups = _filled(groups, list(m))
     labels, ids = _dumped_labels(groups, list(m))
     tensor = as_tensor or (lambda array: array)
     entries = {
         i: {
-            **_dumped_scalars(state, layout, tensor),
+            **_dumped_scalars(states[owners[label]], layout, tensor),
             "exp_avg": tensor(np.array(m[label])),
             "exp_avg_sq": tensor(np.array(v[label])),
         }
         for label, i in zip(labels, ids, strict=True)
+        if owners[label] != _NO_TAG
     }
     return {"state": entries, "param_groups": groups}
+
+
+def _owners(
+    states: Sequence[ScaleByNadamState], from_params: Callable[[Any], Any], labels: Mapping[Label, Any]
+) -> Mapping[Label, int]:
+    """For each parameter the index of its Nadam, and ``_NO_TAG`` where none has it."""
+    if not _any_masked(states):
+        return dict.fromkeys(labels, 0)
+    tags = [jax.tree.map(lambda x, i=i: jnp.full(x.shape, i), state.m) for i, state in enumerate(states)]
+    found = _by_label(from_params(merged(tags, Placeholder(_NO_TAG))))
+    return {label: the_tag(f"parameter {label!r}", x) for label, x in found.items()}
 
 
 def groups_to_dump(
@@ -294,32 +246,26 @@ def _filled(groups: Sequence[Mapping[str, Any]], labels: list[Label]) -> list[di
 
 def _dumped_labels(groups: list[dict[str, Any]], labels: list[Label]) -> tuple[list[Label], list[Any]]:
     """For each parameter of the groups the label that ``from_params`` gave it, and its id."""
-    wanted, ids = _labels(groups, None)
+    wanted, ids = labels_of(groups, None)
     if len(labels) != len(ids):
         raise ValueError(f"from_params must return the {len(ids)} parameters of param_groups, got {len(labels)}.")
     if any(isinstance(label, numbers.Integral) for label in (*wanted, *labels)):
+        if len(groups) > 1 and all(isinstance(label, str) for label in labels):
+            raise ValueError(_UNNAMED_GROUPS)
         return labels, ids
     if set(wanted) != set(labels):
-        lacking = _listed([label for label in wanted if label not in labels])
+        lacking = listed([label for label in wanted if label not in labels])
         raise ValueError(f"from_params must return the parameters that param_groups names; {lacking} are not there.")
     return wanted, ids
 
 
-def _is_pair(node: Any) -> bool:
-    """Whether a node stands for a complex leaf."""
-    return getattr(node, "_fields", None) == ("real", "imaginary")
+def _any_masked(states: Iterable[ScaleByNadamState]) -> bool:
+    """Whether a Nadam has not all of the leaves."""
+    return any(is_masked(node) for state in states for node in jax.tree.leaves(state.m, is_leaf=is_masked))
 
 
-def _merged(tree: Any) -> Any:
-    """A tree of NumPy arrays, in which pairs are complex arrays again."""
-
-    def merge(node: Any) -> np.ndarray:
-        return np.asarray(jax.lax.complex(node.real, node.imaginary) if _is_pair(node) else node)
-
-    return jax.tree.map(merge, tree, is_leaf=_is_pair)
-
-
-def _check_real(state: ScaleByNadamState, layout: Layout) -> None:
-    """Rejects a state with complex moments."""
-    if any(jnp.iscomplexobj(leaf) for leaf in jax.tree.leaves(state.m)):
+def _check_real(opt_state: Any, layout: Layout) -> None:
+    """Rejects a state without a Nadam, and one with complex moments."""
+    states = list(nodes_of(opt_state, ScaleByNadamState)) or [get_state(opt_state)]
+    if any(jnp.iscomplexobj(leaf) for state in states for leaf in jax.tree.leaves(state.m)):
         raise ValueError(_COMPLEX.format(optimizer=layout.optimizer))

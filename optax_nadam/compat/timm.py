@@ -13,14 +13,16 @@ from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat import _timm_config as configs
+from optax_nadam.compat import _torch_groups as groups
+from optax_nadam.compat import _torch_source as sources
 from optax_nadam.compat import _torch_state as states
 from optax_nadam.compat._common import build
 from optax_nadam.compat._torch_config import parse_lr
 
-__all__ = ["config_from", "config_to", "dump_state", "load_state", "nadamlegacy", "nadamw"]
+__all__ = ["config_from", "config_to", "dump_state", "from_groups", "load_state", "nadamlegacy", "nadamw"]
 
-_NADAMW = states.Layout(configs.NADAMW, product=None)
-_LEGACY = states.Layout(configs.LEGACY, product="m_schedule", python_numbers=True)
+_NADAMW = sources.Layout(configs.NADAMW, product=None)
+_LEGACY = sources.Layout(configs.LEGACY, product="m_schedule", python_numbers=True)
 
 
 def nadamw(
@@ -192,6 +194,54 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
     return configs.config_to(config)
 
 
+def from_groups(
+    param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    to_params: Callable[[Any], Any],
+    *,
+    names: Sequence[str] | None = None,
+    weights: Mapping[str, Any] | Sequence[Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a whole checkpoint, however many parameter groups it has.
+
+    Groups that differ in weight decay only become one Nadam, with a mask for each weight decay. Others become an
+    ``optax.partition`` with a Nadam for each set of hyperparameters. Parameters that never stepped where others did
+    are frozen: ``optax.set_to_zero`` leaves them alone, as timm does. :func:`load_state` of the same
+    checkpoint then fills the optimizer's state in one call, each Nadam from its own leaves.
+
+    Args:
+      param_groups: best the whole checkpoint, as :func:`load_state` takes it, which tells what is frozen and has the
+        shapes of the parameters; or its ``param_groups`` alone.
+      to_params: as in :func:`load_state`. From ``param_groups`` alone it gets placeholders, of which it may take
+        ``.T`` and other methods of arrays; where it needs arrays, pass the checkpoint or ``weights``.
+      names: as in :func:`load_state`.
+      weights: as in :func:`load_state`; what the optimizer does not have is frozen.
+
+    Returns:
+      A gradient transformation: with one set of hyperparameters that of ``config_from(group).build()``.
+
+    Raises:
+      ValueError: as :func:`config_from` and :func:`load_state`; a leaf is made of parameters of different groups.
+      TypeError: as :func:`config_from`.
+
+    Warns:
+      UserWarning: as :func:`config_from`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_nadam import NadamConfig, compat
+      >>> group = compat.timm.config_to(NadamConfig(rule="simplified", learning_rate=0.01, weight_decay=0.1))
+      >>> groups = [{**group, "params": [0], "param_names": ["w"]},
+      ...           {**group, "params": [1], "param_names": ["b"], "weight_decay": 0.0}]
+      >>> tx = compat.timm.from_groups(groups, lambda weights: {"w": weights["w"].T, "b": weights["b"]})
+      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+      >>> updates, state = tx.update({"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}, tx.init(params), params)
+      >>> float(updates["w"][0, 0]) < 0, float(updates["b"][0])
+      (True, -0.0)
+    """
+    whole = param_groups if isinstance(param_groups, Mapping) else {"state": {}, "param_groups": param_groups}
+    return groups.from_groups(sources.read(whole, _layout_of, names, weights), to_params, config_from)
+
+
 def load_state(
     opt_state: Any,
     source: Mapping[str, Any],
@@ -247,16 +297,12 @@ def load_state(
 
     Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    groups = states.groups_of(source, configs.NADAMW)
     return states.load_state(
         opt_state,
-        source,
+        sources.read(source, _layout_of, names, weights),
         to_params,
-        layout=_layout_of(groups),
-        checkpoint_config=lambda: configs.config_from(groups[0]),
+        config_from=config_from,
         config=config,
-        names=names,
-        weights=weights,
         mismatch=mismatch,
     )
 
@@ -303,10 +349,10 @@ def dump_state(
 
     Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    groups = states.groups_to_dump(config, param_groups, configs.config_to)
-    return states.dump_state(opt_state, from_params, groups, layout=_layout_of(groups), as_tensor=as_tensor)
+    wanted = states.groups_to_dump(config, param_groups, configs.config_to)
+    return states.dump_state(opt_state, from_params, wanted, layout=_layout_of(wanted), as_tensor=as_tensor)
 
 
-def _layout_of(groups: Sequence[Mapping[str, Any]]) -> states.Layout:
+def _layout_of(groups: Sequence[Mapping[str, Any]]) -> sources.Layout:
     """What the optimizer of these groups stores."""
     return _LEGACY if any(map(configs.is_legacy, groups)) else _NADAMW

@@ -12,12 +12,14 @@ import optax
 from optax_nadam._config import NadamConfig
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat import _torch_config as configs
+from optax_nadam.compat import _torch_groups as groups
+from optax_nadam.compat import _torch_source as sources
 from optax_nadam.compat import _torch_state as states
 from optax_nadam.compat._common import build
 
-__all__ = ["config_from", "config_to", "dump_state", "load_state", "nadam"]
+__all__ = ["config_from", "config_to", "dump_state", "from_groups", "load_state", "nadam"]
 
-_LAYOUT = states.Layout(configs.OPTIMIZER, product="mu_product")
+_LAYOUT = sources.Layout(configs.OPTIMIZER, product="mu_product")
 
 
 def nadam(
@@ -140,6 +142,54 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
     return configs.config_to(config)
 
 
+def from_groups(
+    param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    to_params: Callable[[Any], Any],
+    *,
+    names: Sequence[str] | None = None,
+    weights: Mapping[str, Any] | Sequence[Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a whole checkpoint, however many parameter groups it has.
+
+    Groups that differ in weight decay only become one Nadam, with a mask for each weight decay. Others become an
+    ``optax.partition`` with a Nadam for each set of hyperparameters. Parameters that never stepped where others did
+    are frozen: ``optax.set_to_zero`` leaves them alone, as torch does. :func:`load_state` of the same
+    checkpoint then fills the optimizer's state in one call, each Nadam from its own leaves.
+
+    Args:
+      param_groups: best the whole checkpoint, as :func:`load_state` takes it, which tells what is frozen and has the
+        shapes of the parameters; or its ``param_groups`` alone.
+      to_params: as in :func:`load_state`. From ``param_groups`` alone it gets placeholders, of which it may take
+        ``.T`` and other methods of arrays; where it needs arrays, pass the checkpoint or ``weights``.
+      names: as in :func:`load_state`.
+      weights: as in :func:`load_state`; what the optimizer does not have is frozen.
+
+    Returns:
+      A gradient transformation: with one set of hyperparameters that of ``config_from(group).build()``.
+
+    Raises:
+      ValueError: as :func:`config_from` and :func:`load_state`; a leaf is made of parameters of different groups.
+      TypeError: as :func:`config_from`.
+
+    Warns:
+      UserWarning: as :func:`config_from`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_nadam import NadamConfig, compat
+      >>> group = compat.torch.config_to(NadamConfig(learning_rate=0.01, weight_decay=0.1))
+      >>> groups = [{**group, "params": [0], "param_names": ["w"]},
+      ...           {**group, "params": [1], "param_names": ["b"], "weight_decay": 0.0}]
+      >>> tx = compat.torch.from_groups(groups, lambda weights: {"w": weights["w"].T, "b": weights["b"]})
+      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+      >>> updates, state = tx.update({"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}, tx.init(params), params)
+      >>> float(updates["w"][0, 0]) < 0, float(updates["b"][0])
+      (True, -0.0)
+    """
+    whole = param_groups if isinstance(param_groups, Mapping) else {"state": {}, "param_groups": param_groups}
+    return groups.from_groups(sources.read(whole, _layout_of, names, weights), to_params, config_from)
+
+
 def load_state(
     opt_state: Any,
     source: Mapping[str, Any],
@@ -198,13 +248,10 @@ def load_state(
     """
     return states.load_state(
         opt_state,
-        source,
+        sources.read(source, _layout_of, names, weights),
         to_params,
-        layout=_LAYOUT,
-        checkpoint_config=lambda: config_from(source["param_groups"][0]),
+        config_from=config_from,
         config=config,
-        names=names,
-        weights=weights,
         mismatch=mismatch,
     )
 
@@ -251,5 +298,11 @@ def dump_state(
 
     Source: ``torch/optim/optimizer.py`` and ``nadam.py`` of torch 2.13.
     """
-    groups = states.groups_to_dump(config, param_groups, configs.config_to)
-    return states.dump_state(opt_state, from_params, groups, layout=_LAYOUT, as_tensor=as_tensor)
+    wanted = states.groups_to_dump(config, param_groups, configs.config_to)
+    return states.dump_state(opt_state, from_params, wanted, layout=_layout_of(wanted), as_tensor=as_tensor)
+
+
+def _layout_of(groups: Sequence[Mapping[str, Any]]) -> sources.Layout:
+    """What the optimizer of these groups stores."""
+    del groups
+    return _LAYOUT

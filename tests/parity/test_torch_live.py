@@ -124,7 +124,8 @@ def test_the_live_group_and_what_schedulers_write_into_it_are_understood():
     optimizer = torch.optim.NAdam([("w", torch.nn.Parameter(torch.zeros(1)))], lr=0.25)
     torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, 100)
     torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.05)
-    config = ours.config_from(optimizer.param_groups[0])
+    with pytest.warns(UserWarning, match=r"has base_momentum and max_momentum: OneCycleLR has cycled betas\[0\]"):
+        config = ours.config_from(optimizer.param_groups[0])
     assert config.learning_rate == pytest.approx(0.5 / 25)
     assert config.b1 == pytest.approx(0.95)
 
@@ -331,3 +332,67 @@ def test_groups_with_optimizers_of_their_own_are_loaded_one_by_one():
 
 def test_the_bounds_are_for_as_many_steps_as_they_say():
     assert STEPS == 60
+
+
+@pytest.mark.x64
+@pytest.mark.usefixtures("double")
+@pytest.mark.lenient("optax.nadamw")
+def test_torch_follows_the_constant_rule_and_optax_nadamw():
+    config = NadamConfig(rule="constant", learning_rate=0.01, eps=1e-8, weight_decay=0.1)
+    params, grads = problem(13, steps=200, dtype=np.float64)
+    theirs = Theirs(params, nadam(**ours.config_to(config))).run(grads)
+    for tx in (config.build(), optax.nadamw(0.01, weight_decay=0.1)):
+        trajectory, _ = run(tx, params, grads)
+        assert gap(theirs, trajectory, 1.0) < 1e-12
+
+
+def test_a_model_of_two_dtypes_that_torch_resumed_is_loaded():
+    params, grads = problem(14, steps=BEFORE)
+    params = {name: torch.nn.Parameter(torch.from_numpy(np.array(x))) for name, x in params.items()}
+    params["kernel"] = torch.nn.Parameter(params["kernel"].bfloat16())
+
+    def steps(optimizer, grads):
+        for grad in grads:
+            for name, p in params.items():
+                p.grad = torch.from_numpy(np.array(grad[name])).to(p.dtype)
+            optimizer.step()
+        return optimizer
+
+    first = steps(torch.optim.NAdam(list(params.items()), lr=0.01), grads[:4])
+    resumed = torch.optim.NAdam(list(params.items()), lr=0.01)
+    resumed.load_state_dict(first.state_dict())
+    source = steps(resumed, grads[4:8]).state_dict()
+    products = {str(entry["mu_product"].dtype): float(entry["mu_product"]) for entry in source["state"].values()}
+    assert products["torch.bfloat16"] != products["torch.float32"]
+    state = ours.load_state(ours.nadam().init({k: jnp.zeros(SHAPES[k]) for k in SHAPES}), source, keep)
+    assert float(optax.tree.get(state, "mu_product")) == products["torch.float32"]
+
+
+def test_a_shard_is_rejected_with_the_call_that_gives_the_whole(tmp_path):
+    import torch.distributed as distributed
+    from torch.distributed.tensor import DeviceMesh, Replicate, distribute_tensor
+
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = DeviceMesh("cpu", [0])
+        p = torch.nn.Parameter(distribute_tensor(torch.ones(2), mesh, [Replicate()]))
+        p.grad = distribute_tensor(torch.ones(2), mesh, [Replicate()])
+        optimizer = torch.optim.NAdam([("w", p)])
+        optimizer.step()
+        with pytest.raises(ValueError, match=r"'w' holds a DTensor.*get_optimizer_state_dict.*full_state_dict=True"):
+            ours.load_state(ours.nadam().init({"w": jnp.ones(2)}), optimizer.state_dict(), keep)
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_the_hyperparameters_of_every_optimizer_of_torch_are_known():
+    defaults = set()
+    for make in (getattr(torch.optim, name) for name in torch.optim.__all__):
+        if isinstance(make, type) and issubclass(make, torch.optim.Optimizer) and make is not torch.optim.Optimizer:
+            defaults |= set(make([torch.nn.Parameter(torch.zeros(1, 1))]).defaults)
+    assert len(defaults) > 30
+    (group,) = plain_groups(nadam()([torch.nn.Parameter(torch.zeros(1))]))
+    foreign = defaults - set(group)
+    for name in foreign:
+        with pytest.raises(ValueError, match=f"has unknown keys {name}"):
+            ours.config_from({**group, name: 0})
