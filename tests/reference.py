@@ -34,7 +34,7 @@ class Nadam:
 
     def mu_product(self, t):
         """The product of mu_1 to mu_t; it has long vanished after 10^5 steps."""
-        return np.prod([self.mu(np.longdouble(i)) for i in range(1, min(t, 100_000) + 1)])
+        return np.prod(self.mu(np.arange(1, min(t, 100_000) + 1, dtype=np.longdouble)))
 
     def step(self, g, m, v, t, mu_product):
         """Step t: the update, the new moments and the new product, from those of step t - 1."""

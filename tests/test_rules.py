@@ -17,15 +17,15 @@ from tests.reference import FURTHER_RULES, RULES, Nadam
 STEPS = np.unique(np.concatenate([np.arange(1, 3000), np.geomspace(3000, 1e7, 3000).astype(int)]))
 
 
-@pytest.mark.parametrize("b", [0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999])
 @pytest.mark.parametrize("kind", [float, np.float32, jnp.float32])
-def test_one_minus_a_power_is_right_to_3e_7(b, kind):
-    base = kind(b)
-    number = float(base)
-    base = number if isinstance(base, float | np.floating) else base
-    complement = jax.vmap(lambda t: _rules._power(base, t).complement)(jnp.asarray(STEPS, jnp.float32))
-    exact = -np.expm1(STEPS * np.log(number))
-    np.testing.assert_allclose(np.asarray(complement, float), exact, rtol=3e-7)
+def test_one_minus_a_power_is_right_to_3e_7(kind):
+    for b in (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999):
+        base = kind(b)
+        number = float(base)
+        base = number if isinstance(base, float | np.floating) else base
+        complement = _rules._power(base, jnp.asarray(STEPS, jnp.float32)).complement
+        exact = -np.expm1(STEPS * np.log(number))
+        np.testing.assert_allclose(np.asarray(complement, float), exact, rtol=3e-7, err_msg=f"b={b}")
 
 
 @pytest.mark.x64
@@ -44,14 +44,15 @@ def test_powers_of_zero_are_zero():
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("momentum_decay", [0.0, 4e-3, 1.0, 1e3])
-def test_momentum_and_its_complement(rule, momentum_decay):
-    reference = Nadam(rule, b1=0.99, momentum_decay=momentum_decay)
-    h = _rules.Hyperparameters(0.99, 0.999, 1e-7, 0.0, momentum_decay)
-    for t in (1, 2, 10, 1000, 10**6):
-        mu = _rules.momentum_at(jnp.float32(t), h, _rules.RULES[rule])
-        np.testing.assert_allclose(mu.value, reference.mu(np.longdouble(t)), rtol=2e-7)
-        np.testing.assert_allclose(mu.complement, 1 - reference.mu(np.longdouble(t)), rtol=2e-7)
+def test_momentum_and_its_complement_are_right_to_2e_7(rule):
+    t = np.asarray([1, 2, 10, 1000, 10**6], np.longdouble)
+    for momentum_decay in (0.0, 4e-3, 1.0, 1e3):
+        expected = Nadam(rule, b1=0.99, momentum_decay=momentum_decay).mu(t)
+        h = _rules.Hyperparameters(0.99, 0.999, 1e-7, 0.0, momentum_decay)
+        mu = _rules.momentum_at(jnp.asarray(t, jnp.float32), h, _rules.RULES[rule])
+        for got, exact in ((mu.value, expected), (mu.complement, 1 - expected)):
+            error = np.max(np.abs(np.asarray(got) / exact - 1))
+            assert error <= 2e-7, f"momentum_decay={momentum_decay}"
 
 
 def test_first_coefficient_is_exact_however_close_momentum_is_to_one():
@@ -62,14 +63,12 @@ def test_first_coefficient_is_exact_however_close_momentum_is_to_one():
 
 
 @pytest.mark.parametrize("rule", RULES + FURTHER_RULES)
-@pytest.mark.parametrize("count", [0, 1, 2, 30, 500])
-def test_a_lost_product_is_rebuilt(rule, count):
-    reference = Nadam(rule, b1=0.97, momentum_decay=0.3)
-    product = 1.0
-    for t in range(1, count + 1):
-        *_, product = reference.step(1.0, 0.0, 0.0, t, product)
-    rebuilt = _rules.mu_product_after(count, 0.97, 0.3, _rules.RULES[rule])
-    np.testing.assert_allclose(rebuilt, product, rtol=1e-12)
+def test_a_product_that_is_not_stored_is_computed(rule):
+    reference, product = Nadam(rule, b1=0.97, momentum_decay=0.3), 1.0
+    for count in range(501):
+        rebuilt = _rules.mu_product_after(count, 0.97, 0.3, _rules.RULES[rule])
+        np.testing.assert_allclose(rebuilt, product, rtol=1e-12, err_msg=f"after {count} steps")
+        *_, product = reference.step(1.0, 0.0, 0.0, count + 1, product)
 
 
 def test_the_names_of_rules_are_those_that_type_checkers_know():
