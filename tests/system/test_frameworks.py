@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import chex
 import equinox as eqx
 import haiku as hk
 import jax
@@ -203,7 +204,7 @@ def test_states_go_through_jax_export(narrow):
     exported = jax.export.export(jax.jit(tx.update))(params, state, params)
     again = jax.export.deserialize(exported.serialize())
     for got, expected in zip(again.call(params, state, params), tx.update(params, state, params), strict=True):
-        assert jax.tree.structure(got) == jax.tree.structure(expected)
+        chex.assert_trees_all_equal_structs(got, expected)
         jax.tree.map(np.testing.assert_array_equal, got, expected)
 
 
