@@ -2,6 +2,7 @@
 
 import contextlib
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -157,7 +158,7 @@ def test_groups_that_differ_in_weight_decay_have_one_nadam():
 def test_one_set_of_hyperparameters_makes_the_optimizer_of_its_config():
     group = NAMED["param_groups"][0]
     tx, plain = compat.torch.from_groups([group], to_params), compat.torch.config_from(group).build()
-    assert jax.tree.structure(tx.init(WEIGHTS)) == jax.tree.structure(plain.init(WEIGHTS))
+    chex.assert_trees_all_equal_structs(tx.init(WEIGHTS), plain.init(WEIGHTS))
 
 
 def test_groups_of_several_learning_rates_have_nadams_of_their_own():
