@@ -330,8 +330,8 @@ def dump_state(
       config: the hyperparameters, for one group of all parameters.
       param_groups: in place of ``config``, the groups that are wanted, best those of the optimizer that continues,
         ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``, arrays by name are put in their
-        order; where several groups have none, ``from_params`` must return a list, one group after another. A group with ``schedule_decay``, or a config with the rule
-        ``scheduled``, is NAdamLegacy's.
+        order; where several groups have none, ``from_params`` must return a list, one group after another. A group
+        with ``schedule_decay``, or a config with the rule ``scheduled``, is NAdamLegacy's.
       as_tensor: what makes a tensor of an array, ``torch.from_numpy``. torch's ``load_state_dict`` needs tensors;
         None leaves NumPy arrays.
 
