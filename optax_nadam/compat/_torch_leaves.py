@@ -32,6 +32,11 @@ _MIXED = (
     "{leaf} is made of parameters of several parameter groups, or of trained and untrained ones, and has one optimizer"
     " only. Split the leaf, or build the optimizer with config_from(...).build()."
 )
+_CHANGED = (
+    "the function between weights and params must rearrange numbers only (transpose, reshape, concatenate, pad with"
+    " zeros, convert), since moments go through it too, but it made {got} of {known}."
+)
+_LARGEST_TAG = 256  # the last whole number that bfloat16 has, and all before it
 
 
 class Placeholder:
@@ -85,24 +90,31 @@ def _advice(name: Any, labels: Sequence[Label]) -> str:
 
 
 def tagged(tags: Mapping[Label, int], shapes: Mapping[Label, tuple[int, ...]]) -> dict[Label, Any]:
-    """For each parameter, an array of its shape that is filled with its tag, or a placeholder."""
+    """For each parameter, an array of its shape that is filled with its tag, or a placeholder.
+
+    A tag is not 0, so that what pads with zeros is told from it, and small, so that every dtype holds it.
+    """
+    if max(tags.values(), default=1) > _LARGEST_TAG:
+        raise ValueError("the checkpoint has too many different parameter groups; merge those that are alike.")
     return {
         label: np.broadcast_to(np.int32(tag), shapes[label]) if label in shapes else Placeholder(tag)
         for label, tag in tags.items()
     }
 
 
-def tags_in(leaf: Any) -> set[int]:
+def tags_in(leaf: Any, known: Collection[int]) -> set[int]:
     """The tags in a leaf of what ``to_params`` made of tagged arrays."""
     array = np.real(np.asarray(leaf))
-    if array.size and array.min() == array.max():
-        return {int(array.min())}
-    return {int(tag) for tag in np.unique(array)}
+    constant = array.size and array.min() == array.max()
+    tags = {float(tag) for tag in (array.flat[:1] if constant else np.unique(array))} - {0.0}
+    if not tags <= set(known):
+        raise ValueError(_CHANGED.format(got=sorted(tags - set(known)), known=sorted(known)))
+    return {int(tag) for tag in tags}
 
 
-def the_tag(place: str, leaf: Any) -> int:
+def the_tag(place: str, leaf: Any, known: Collection[int]) -> int:
     """The one tag in a leaf."""
-    tags = tags_in(leaf)
+    tags = tags_in(leaf, known)
     if len(tags) != 1:
         raise ValueError(_MIXED.format(leaf=place))
     return tags.pop()

@@ -101,16 +101,14 @@ def _owned(
     """For a part of the optimizer state, the parameters that its Nadam has: all where no leaf of it is masked."""
     if not _any_masked(nodes_of(opt_state, ScaleByNadamState)):
         return lambda part: source.parameters
-    # Few tags, so that they survive a conversion to a narrow dtype: the group, and whether a step was taken.
-    tags = {label: 2 * source.group_of[label] + (p is not None) for label, p in source.parameters.items()}
+    # The group, and whether a step was taken.
+    tags = {label: 1 + 2 * source.group_of[label] + (p is not None) for label, p in source.parameters.items()}
     others = {label: _NO_TAG for label in source.weights if label not in tags}
-    if max(tags.values(), default=0) > 256:
-        raise ValueError("source has more than 128 parameter groups for several Nadams; load each by itself.")
     tree = call(to_params, tagged(tags | others, source.shapes()))
 
     def owned(part: Any) -> Mapping[Label, Parameter | None]:
         leaves = jax.tree.leaves(select("m", tree, get_state(part).m))
-        own = set().union(*map(tags_in, leaves))
+        own = set().union(*(tags_in(leaf, {_NO_TAG, *tags.values()}) for leaf in leaves))
         return {label: parameter for label, parameter in source.parameters.items() if tags[label] in own}
 
     return owned
@@ -186,7 +184,7 @@ def dump_state(
     tensor = as_tensor or (lambda array: array)
     entries = {
         i: {
-            **_dumped_scalars(states[owners[label]], layout, tensor),
+            **_dumped_scalars(states[owners[label] - 1], layout, tensor),
             "exp_avg": tensor(np.array(m[label])),
             "exp_avg_sq": tensor(np.array(v[label])),
         }
@@ -199,12 +197,13 @@ def dump_state(
 def _owners(
     states: Sequence[ScaleByNadamState], from_params: Callable[[Any], Any], labels: Mapping[Label, Any]
 ) -> Mapping[Label, int]:
-    """For each parameter the index of its Nadam, and ``_NO_TAG`` where none has it."""
+    """For each parameter the number of its Nadam, from 1, and ``_NO_TAG`` where none has it."""
     if not _any_masked(states):
-        return dict.fromkeys(labels, 0)
-    tags = [jax.tree.map(lambda x, i=i: jnp.full(x.shape, i), state.m) for i, state in enumerate(states)]
+        return dict.fromkeys(labels, 1)
+    tags = [jax.tree.map(lambda x, i=i: jnp.full(x.shape, i), state.m) for i, state in enumerate(states, 1)]
     found = _by_label(from_params(merged(tags, Placeholder(_NO_TAG))))
-    return {label: the_tag(f"parameter {label!r}", x) for label, x in found.items()}
+    known = {_NO_TAG, *range(1, len(states) + 1)}
+    return {label: the_tag(f"parameter {label!r}", x, known) for label, x in found.items()}
 
 
 def groups_to_dump(

@@ -254,20 +254,25 @@ def load_state(
 ) -> Any:
     """The optimizer state that continues where timm's ``NAdamW`` or ``NAdamLegacy`` stopped: the next step is theirs.
 
-    Hyperparameters are not read: build the optimizer with :func:`config_from` or a constructor first. Which of the two
-    wrote the checkpoint is seen by its groups' keys. Where groups have Nadams of their own (``optax.partition``),
-    load each part of the state by itself, from a source with its group alone in ``param_groups``.
+    Hyperparameters are not read: build the optimizer with :func:`from_groups`, :func:`config_from` or a constructor
+    first. Where it has several Nadams (``optax.partition``), each gets the steps and moments of its own leaves.
+    See "Every checkpoint" in the documentation for what to pass for which kind of file. Which of the two wrote the
+    checkpoint is seen by its groups' keys.
 
     Args:
       opt_state: the state that ``tx.init(params)`` made; it is not changed. The Nadam may be anywhere inside.
-      source: what ``optimizer.state_dict()`` returned, with tensors or NumPy arrays inside.
+      source: what ``optimizer.state_dict()`` returned, or ``get_optimizer_state_dict`` of torch.distributed, flattened
+        or not, with tensors or NumPy arrays inside.
       to_params: the function that turns the model's weights, NumPy arrays by name as in its ``state_dict()``, into
         the params tree, transposes and all. The moments have the shapes of the weights and go the same way. Where
         parameters have no names, it gets a list in the optimizer's order.
       config: the hyperparameters of the optimizer that continues, from which a product of the momenta that ``source``
         does not store is computed; None for those of the checkpoint's own groups.
-      names: names of the parameters in the optimizer's order, group after group. None takes those of the groups.
-      weights: the model's weights as ``to_params`` takes them, whose shapes are read for what has no moments yet.
+      names: names of the parameters in the optimizer's order, one group after another:
+        ``[n for n, _ in model.named_parameters()]`` where it was made of ``model.parameters()``. None takes those of
+        the checkpoint, which has them where the optimizer was made of ``model.named_parameters()``.
+      weights: the model's own arrays, as ``to_params`` takes them, whose shapes are compared with those of the
+        moments, and serve for what has no moments yet.
       mismatch: ``"raise"``, or ``"largest"`` to continue from the largest step, where parameters have taken different
         numbers of steps.
 
@@ -276,8 +281,8 @@ def load_state(
       that of its step.
 
     Raises:
-      ValueError: ``source`` is not such a checkpoint; parameters differ in their steps or never stepped, which the
-        text names; names or moments do not fit.
+      ValueError: ``source`` is not such a checkpoint, or has shards only; parameters of one Nadam differ in their steps
+        or never stepped, which the text names; names, weights or moments do not fit; weights are tied.
       TypeError: a moment is no array of numbers.
 
     Examples:
@@ -318,14 +323,15 @@ def dump_state(
     """The checkpoint from which timm's ``NAdamW`` or ``NAdamLegacy`` continues, the inverse of :func:`load_state`.
 
     Args:
-      opt_state: a state that holds one Nadam, which treats complex leaves as two real ones.
+      opt_state: a state with a Nadam in it, or with several that have leaves of their own, as :func:`from_groups` makes
+        them; they treat complex leaves as two real ones. What no Nadam has is left out, as what never stepped.
       from_params: the inverse of ``to_params``: turns the params tree into NumPy arrays by name, or into a list of
         them, **in the order of the optimizer's parameters**. torch goes by order alone.
       config: the hyperparameters, for one group of all parameters.
       param_groups: in place of ``config``, the groups that are wanted, best those of the optimizer that continues,
         ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``, arrays by name are put in their
-        order. A group with ``schedule_decay``, or a config with the rule
-        ``scheduled``, is NAdamLegacy's.
+        order; where several groups have none, ``from_params`` must return a list, one group after another. A group
+        with ``schedule_decay``, or a config with the rule ``scheduled``, is NAdamLegacy's.
       as_tensor: what makes a tensor of an array, ``torch.from_numpy``. torch's ``load_state_dict`` needs tensors;
         None leaves NumPy arrays.
 

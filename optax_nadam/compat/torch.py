@@ -202,22 +202,25 @@ def load_state(
 ) -> Any:
     """The optimizer state that continues where a ``torch.optim.NAdam`` stopped: the next step is torch's next.
 
-    Hyperparameters are not read: build the optimizer with :func:`config_from` or :func:`nadam` first. Where groups
-    have Nadams of their own (``optax.partition``), load each part of the state by itself, from a source with its group
-    alone in ``param_groups``.
+    Hyperparameters are not read: build the optimizer with :func:`from_groups`, :func:`config_from` or a constructor
+    first. Where it has several Nadams (``optax.partition``), each gets the steps and moments of its own leaves.
+    See "Every checkpoint" in the documentation for what to pass for which kind of file.
 
     Args:
       opt_state: the state that ``tx.init(params)`` made; it is not changed. The Nadam may be anywhere inside.
-      source: what ``optimizer.state_dict()`` returned, of torch 1.10 or later, with tensors or NumPy arrays inside;
-        from a file, ``torch.load(path)`` or the part of it that holds the optimizer.
+      source: what ``optimizer.state_dict()`` returned, or ``get_optimizer_state_dict`` of torch.distributed, flattened
+        or not, of torch 1.10 or later, with tensors or NumPy arrays inside; from a file, ``torch.load(path)`` or the
+        part of it that holds the optimizer.
       to_params: the function that turns the model's weights, NumPy arrays by name as in its ``state_dict()``, into
         the params tree, transposes and all. The moments have the shapes of the weights and go the same way. Where
         parameters have no names, it gets a list in the optimizer's order.
       config: the hyperparameters of the optimizer that continues, from which a product of the momenta that ``source``
         does not store is computed; None for those of the checkpoint's own groups.
-      names: names of the parameters in the optimizer's order, group after group. None takes those of the groups, which
-        are there where the optimizer was made of ``model.named_parameters()`` (torch 2.6 and later).
-      weights: the model's weights as ``to_params`` takes them, whose shapes are read for what has no moments yet.
+      names: names of the parameters in the optimizer's order, one group after another:
+        ``[n for n, _ in model.named_parameters()]`` where it was made of ``model.parameters()``. None takes those of
+        the checkpoint, which has them where the optimizer was made of ``model.named_parameters()``.
+      weights: the model's own arrays, as ``to_params`` takes them, whose shapes are compared with those of the
+        moments, and serve for what has no moments yet.
       mismatch: ``"raise"``, or ``"largest"`` to continue from the largest step and its product of momenta, where
         parameters have taken different numbers of steps.
 
@@ -225,8 +228,8 @@ def load_state(
       A new state. Arrays are copied.
 
     Raises:
-      ValueError: ``source`` is not such a checkpoint; parameters differ in their steps or never stepped, which the
-        text names; names or moments do not fit.
+      ValueError: ``source`` is not such a checkpoint, or has shards only; parameters of one Nadam differ in their steps
+        or never stepped, which the text names; names, weights or moments do not fit; weights are tied.
       TypeError: a moment is no array of numbers.
 
     Examples:
@@ -267,13 +270,14 @@ def dump_state(
     """The checkpoint from which ``torch.optim.NAdam`` continues, the inverse of :func:`load_state`.
 
     Args:
-      opt_state: a state that holds one Nadam, which treats complex leaves as two real ones.
+      opt_state: a state with a Nadam in it, or with several that have leaves of their own, as :func:`from_groups` makes
+        them; they treat complex leaves as two real ones. What no Nadam has is left out, as what never stepped.
       from_params: the inverse of ``to_params``: turns the params tree into NumPy arrays by name, or into a list of
         them, **in the order of the torch optimizer's parameters**. torch goes by order alone.
       config: the hyperparameters, for one group of all parameters.
       param_groups: in place of ``config``, the groups that are wanted, best those of the optimizer that continues,
         ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``, arrays by name are put in their
-        order.
+        order; where several groups have none, ``from_params`` must return a list, one group after another.
       as_tensor: what makes a tensor of an array, ``torch.from_numpy``. torch's ``load_state_dict`` needs tensors;
         None leaves NumPy arrays.
 

@@ -541,8 +541,12 @@ def test_as_tensor_is_applied_to_every_array():
 def test_parameters_without_names_are_dumped_in_order():
     checkpoint = without_names(RECORDED.checkpoint("checkpoint"))
     state = load(checkpoint, names=ORDER)
-    for from_params in (lambda p: [p[name] for name in ORDER], lambda p: {name: p[name] for name in ORDER}):
-        dumped = ours.dump_state(state, from_params, param_groups=checkpoint["param_groups"])
+    one_group = [{**checkpoint["param_groups"][0], "params": [0, 1, 2, 3]}]
+    for from_params, groups in (
+        (lambda p: [p[name] for name in ORDER], checkpoint["param_groups"]),
+        (lambda p: {name: p[name] for name in ORDER}, one_group),
+    ):
+        dumped = ours.dump_state(state, from_params, param_groups=groups)
         np.testing.assert_array_equal(dumped["state"][2]["exp_avg"], checkpoint["state"][2]["exp_avg"])
     dumped = ours.dump_state(state, lambda p: [p[name] for name in ORDER], config=NadamConfig())
     assert "param_names" not in dumped["param_groups"][0]

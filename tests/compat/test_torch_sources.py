@@ -2,6 +2,7 @@
 
 import contextlib
 
+import chex
 import jax
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from jax import numpy as jnp
 
 from optax_nadam import NadamConfig, compat, get_state
+from optax_nadam.compat._common import without
 from tests.compat.sources import BEFORE, LR, continued, distance, from_params, gradients, recorded, to_params
 from tests.parity.problem import gap, problem, run
 
@@ -36,6 +38,7 @@ def test_a_recorded_checkpoint_is_continued(name):
 NAMES = ["kernel", "bias", "conv", "scale"]
 FLAT, NAMED, UNNAMED = (KINDS[name]["checkpoint"] for name in ("flattened", "named", "unnamed"))
 WEIGHTS = KINDS["named"]["at"]
+GROUPS = KINDS["layer-wise groups"]["checkpoint"]["param_groups"]
 
 
 def load(checkpoint, take=to_params, **options):
@@ -157,7 +160,7 @@ def test_groups_that_differ_in_weight_decay_have_one_nadam():
 def test_one_set_of_hyperparameters_makes_the_optimizer_of_its_config():
     group = NAMED["param_groups"][0]
     tx, plain = compat.torch.from_groups([group], to_params), compat.torch.config_from(group).build()
-    assert jax.tree.structure(tx.init(WEIGHTS)) == jax.tree.structure(plain.init(WEIGHTS))
+    chex.assert_trees_all_equal_structs(tx.init(WEIGHTS), plain.init(WEIGHTS))
 
 
 def test_groups_of_several_learning_rates_have_nadams_of_their_own():
@@ -248,3 +251,27 @@ def test_torch_can_express_the_constant_rule():
     ours, _ = run(compat.torch.config_from(group).build(), params, grads)
     optaxs, _ = run(optax.nadamw(0.1, eps=config.eps, weight_decay=0.2), params, grads)
     assert gap(ours, optaxs, 0.1) < 2e-4
+
+
+def test_a_leaf_may_be_padded_or_made_of_parameters_that_are_alike():
+    kind = KINDS["layer-wise groups"]
+    checkpoint = {**kind["checkpoint"], "param_groups": [without(g, ["layer_id", "group_name"]) for g in GROUPS]}
+
+    def padded(weights):
+        both = jnp.stack([jnp.asarray(weights["bias"], jnp.bfloat16)] * 2)
+        return {
+            "w": np.pad(weights["conv"], ((0, 0), (0, 0), (0, 1))),
+            "b": both,
+            "s": weights["scale"],
+            "k": weights["kernel"],
+        }
+
+    tx = compat.torch.from_groups(checkpoint, padded)
+    state = compat.torch.load_state(tx.init(padded(WEIGHTS)), checkpoint, padded)
+    assert state.inner_states["1"].inner_state.inner_state[0].m["w"].real.shape == (2, 2, 4)
+
+
+def test_a_function_that_changes_numbers_is_rejected():
+    checkpoint = {**NAMED, "param_groups": [without(g, ["layer_id", "group_name"]) for g in GROUPS]}
+    with pytest.raises(ValueError, match=r"must rearrange numbers only .*but it made \[0.5\] of \[-1, 1, 2, 3\]"):
+        compat.torch.from_groups(checkpoint, lambda w: to_params({**w, "kernel": np.asarray(w["kernel"]) / 2}))

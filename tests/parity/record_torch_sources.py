@@ -14,7 +14,8 @@ from tests.parity.torch_sources import KINDS, stopped
 
 def main():
     """Writes ``torch_sources.npz`` and ``.json``."""
-    arrays, facts = [], {}
+    arrays: list[np.ndarray] = []
+    facts = {}
     for name, kind in KINDS.items():
         theirs, at, checkpoint, grads = stopped(kind)
         then = {key: x[-1] for key, x in theirs.run(grads).items()}

@@ -1,4 +1,7 @@
-"""The kinds of checkpoints that torch and timm users have: how each is made, and what to pass to load it."""
+"""The kinds of checkpoints that torch and timm users have: how each is made, and what to pass to load it.
+
+``python -m tests.parity.torch_sources`` prints the figures of docs/sources.md.
+"""
 
 import io
 import warnings
@@ -9,8 +12,9 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-from tests.compat.sources import AFTER, BEFORE, LR, gradients
-from tests.parity.problem import SHAPES, problem
+from optax_nadam import compat
+from tests.compat.sources import AFTER, BEFORE, LR, continued, distance, from_params, gradients
+from tests.parity.problem import SHAPES, gap, problem
 from tests.parity.record_torch import Theirs, timm_optimizers
 
 NAMES = list(SHAPES)
@@ -130,3 +134,33 @@ def stopped(kind: Kind) -> tuple[Theirs, dict[str, np.ndarray], dict[str, Any], 
         theirs.run(grads[:BEFORE])
     checkpoint = through_file(kind.save(theirs.optimizer, theirs.params))
     return theirs, theirs.arrays(), checkpoint, grads[BEFORE:]
+
+
+def there_and_back(kind: Kind) -> tuple[float, float]:
+    """The largest difference in units of lr, of a run that we continue, and of one that is continued from ours."""
+    theirs, at, checkpoint, grads = stopped(kind)
+    options = {"names": kind.names, "weights": at if kind.frozen else None}
+    end, state = continued(kind.module, checkpoint, at, grads, **options)
+    expected = {name: x[-1] for name, x in theirs.run(grads).items()}
+    back = Theirs(expected, kind.make)
+
+    def weights(params: Any) -> Any:
+        arrays = from_params(params)
+        return [arrays[name] for name in kind.order] if kind.order else arrays
+
+    groups = back.optimizer.state_dict()["param_groups"]
+    dump = getattr(compat, kind.module).dump_state
+    dumped = dump(state, weights, param_groups=groups, as_tensor=lambda x: torch.from_numpy(np.array(x)))
+    back.optimizer.load_state_dict(dumped)
+    return distance(end, expected), gap(back.run(grads), theirs.run(grads), LR)
+
+
+def main() -> None:
+    """Prints the two figures of each kind."""
+    warnings.simplefilter("ignore")
+    for name, kind in KINDS.items():
+        print(name, *(f"{x:.1e}" for x in there_and_back(kind)), sep=" | ")
+
+
+if __name__ == "__main__":
+    main()
