@@ -4,6 +4,7 @@ python -m tests.parity.record_torch_sources
 """
 
 import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ def main():
         }
         options = {"module": kind.module, "names": kind.names, "order": kind.order, "frozen": list(kind.frozen)}
         facts[name] = encode({"checkpoint": checkpoint, **tensors, **options}, arrays)
-    np.savez_compressed(RECORDINGS / "torch_sources.npz", **{str(i): x for i, x in enumerate(arrays)})
+    numbered: Any = {str(i): x for i, x in enumerate(arrays)}
+    np.savez_compressed(RECORDINGS / "torch_sources.npz", **numbered)
     (RECORDINGS / "torch_sources.json").write_text(json.dumps(facts) + "\n")
 
 
