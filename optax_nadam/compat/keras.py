@@ -34,6 +34,8 @@ __all__ = [
     "legacy_nadam",
     "load_state",
     "nadam",
+    "read_config",
+    "read_weights",
     "set_weights",
 ]
 
@@ -380,3 +382,54 @@ def set_weights(opt_state: Any, weights: Sequence[Any], to_params: Callable[[Any
       1
     """
     return load(opt_state, states.from_weights(opt_state, weights), to_params, None)
+
+
+def read_weights(source: Any) -> Any:
+    """The model's trainable weights in a checkpoint, in the form in which :func:`load_state` passes its moments.
+
+    With it a run moves from the checkpoint alone: ``params = to_params(read_weights(source))``.
+
+    Args:
+      source: as in :func:`load_state`: a TensorFlow checkpoint, a tree or an Orbax directory of Keras 3, or a ``.h5``
+        file. A ``.keras`` and a ``.weights.h5`` file do not tell which weights are trainable.
+
+    Returns:
+      A dict by name, or, of a ``.h5`` file, a list in the order of ``model.trainable_variables``. A weight without
+      moments, which was not trained, is left out.
+
+    Raises:
+      ValueError: the source does not tell which of its weights are trainable.
+      ImportError: a package is needed that is not installed.
+
+    Examples:
+      >>> import numpy as np
+      >>> from optax_nadam import compat
+      >>> saver = {"w": np.ones(1), "training/Nadam/w/m": np.zeros(1), "training/Nadam/w/v": np.zeros(1)}
+      >>> compat.keras.read_weights(saver | {"training/Nadam/iter": np.array(1)})
+      {'w': array([1.])}
+    """
+    return states.read_weights(source)
+
+
+def read_config(source: Any) -> NadamConfig:
+    """The hyperparameters in a checkpoint.
+
+    Args:
+      source: as in :func:`load_state`: a ``.h5`` or ``.keras`` file, or a TensorFlow checkpoint of the legacy Nadam,
+        which stores learning rate, betas and ``schedule_decay``, but neither epsilon, which is then 1e-7, nor clips.
+
+    Returns:
+      A config that builds the same optimizer.
+
+    Raises:
+      ValueError: the source holds no hyperparameters, or as :func:`config_from`.
+      ImportError: a package is needed that is not installed.
+
+    Examples:
+      >>> import numpy as np
+      >>> from optax_nadam import compat
+      >>> numbers = {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.999, "decay": 0.004, "momentum_cache": 0.4}
+      >>> compat.keras.read_config({f"Nadam/{name}": np.float32(x) for name, x in numbers.items()}).b1
+      0.8
+    """
+    return states.read_config(source)
