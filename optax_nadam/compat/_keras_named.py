@@ -130,4 +130,4 @@ def _config(arrays: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
     if scope is None or any(scope + name not in arrays for name in names):
         return None
     # The decimal number that was rounded to float32: 0.9, not 0.8999999761581421.
-    return {"name": "Nadam", "epsilon": None} | {name: float(str(arrays[scope + name][()])) for name in names}
+    return {"name": "Nadam", "epsilon": None} | {name: float(str(np.float32(arrays[scope + name]))) for name in names}

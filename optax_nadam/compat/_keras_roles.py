@@ -7,7 +7,7 @@ import collections
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from optax_nadam.compat import _keras_config as configs
@@ -233,18 +233,22 @@ def _matching(pattern: str, names: Sequence[Any]) -> dict[_Weight, int]:
 
 def _in_order(found: Sequence[_Weight], stored: Stored) -> dict[_Weight, int | None]:
     """Weights with their places among the model's, in that order where it is known, else as they were found."""
-    places = {weight: _place(weight, stored.weights) for weight in found}
+    known: dict[str, list[int]] = {}
+    for index, name in enumerate(stored.weights):
+        known.setdefault(name, []).append(index)
+    places = {weight: _place(weight, known) for weight in found}
     unknown = [name for (name, _), place in places.items() if place is None]
     if stored.keys is not None and unknown:
         raise ValueError(_NO_WEIGHT.format(name=unknown[0]))
     return places if unknown else dict(sorted(places.items(), key=lambda item: item[1] or 0))
 
 
-def _place(weight: _Weight, known: Sequence[str]) -> int | None:
+def _place(weight: _Weight, known: Mapping[str, Sequence[int]]) -> int | None:
     """The place of a weight among the model's, whose name is the longest that the optimizer's name ends with."""
     name, occurrence = weight
-    longest = max((x for x in known if f"/{name}".endswith(f"/{x}")), key=len, default=None)
-    places = [i for i, x in enumerate(known) if x == longest]
+    parts = name.split("/")
+    endings = ("/".join(parts[i:]) for i in range(len(parts)))
+    places = next((known[ending] for ending in endings if ending in known), ())
     return places[occurrence] if occurrence < len(places) else None
 
 

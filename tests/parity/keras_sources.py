@@ -1,5 +1,6 @@
 """Runs of the real Kerases and TensorFlows, stopped and saved in every way that there is."""
 
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -122,30 +123,29 @@ def graph_nadam(pairs):
         return tf_keras.optimizers.legacy.Nadam(LEARNING_RATE, schedule_decay=0.02).apply_gradients(pairs)
 
 
-class ContribNadam(tf1.train.AdamOptimizer):
-    """tf.contrib's NadamOptimizer, which was removed with TensorFlow 2: Adam's own kernel with ``use_nesterov``."""
-
-    def _resource_apply_dense(self, grad, var):
-        """One variable's step."""
-        beta1_power, beta2_power = self._get_beta_accumulators()
-        return tf.raw_ops.ResourceApplyAdam(
-            var=var.handle,
-            m=self.get_slot(var, "m").handle,
-            v=self.get_slot(var, "v").handle,
-            beta1_power=beta1_power,
-            beta2_power=beta2_power,
-            lr=self._lr_t,
-            beta1=self._beta1_t,
-            beta2=self._beta2_t,
-            epsilon=self._epsilon_t,
-            grad=grad,
-            use_nesterov=True,
-        )
+def nesterov_step(optimizer, grad, var):
+    """One variable's step of tf.contrib's Nadam: Adam's own kernel with ``use_nesterov``."""
+    beta1_power, beta2_power = optimizer._get_beta_accumulators()
+    return tf.raw_ops.ResourceApplyAdam(
+        var=var.handle,
+        m=optimizer.get_slot(var, "m").handle,
+        v=optimizer.get_slot(var, "v").handle,
+        beta1_power=beta1_power,
+        beta2_power=beta2_power,
+        lr=optimizer._lr_t,
+        beta1=optimizer._beta1_t,
+        beta2=optimizer._beta2_t,
+        epsilon=optimizer._epsilon_t,
+        grad=grad,
+        use_nesterov=True,
+    )
 
 
 def contrib_nadam(pairs):
-    """A step of tf.contrib's Nadam."""
-    return ContribNadam(LEARNING_RATE, name="Nadam").apply_gradients(pairs, tf1.train.get_or_create_global_step())
+    """A step of tf.contrib's NadamOptimizer, a subclass of Adam that was removed with TensorFlow 2."""
+    optimizer = tf1.train.AdamOptimizer(LEARNING_RATE, name="Nadam")
+    optimizer._resource_apply_dense = functools.partial(nesterov_step, optimizer)
+    return optimizer.apply_gradients(pairs, tf1.train.get_or_create_global_step())
 
 
 def tensors(path):
@@ -218,3 +218,39 @@ def keras_savers(path) -> dict[str, Callable[[Any], Any]]:
         "OrbaxCheckpoint": orbax,
         "restored by Orbax": lambda model: restored_by_orbax(orbax(model)),
     }
+
+
+def savers_in_order(dialect, path) -> dict[str, Callable[..., Any]]:
+    """Every source that has an order in place of names."""
+    files = {"legacy": [".h5"], "tf_keras": [".h5", ".keras", ".weights.h5"], "keras": [".h5", ".keras", ".weights.h5"]}
+    savers: dict[str, Callable[..., Any]] = {
+        kind: by_method("save_weights" if kind == ".weights.h5" else "save", path / f"model{kind}")
+        for kind in files[dialect]
+    }
+    savers["variables"] = lambda model, *_: list(variables_of(model.optimizer))
+    if dialect == "legacy":
+        savers["get_weights"] = lambda model, optimizer: optimizer.get_weights()
+    if dialect == "keras":
+        savers["BackupAndRestore"] = by_callback(
+            lambda: keras.callbacks.BackupAndRestore(str(path), delete_checkpoint=False), path
+        )
+    return savers
+
+
+class Frozen:
+    """A variable at one moment, with its name."""
+
+    def __init__(self, variable):
+        """Copies it."""
+        self.path = getattr(variable, "path", None) or variable.name
+        self.value = np.array(getattr(variable, "value", variable) if hasattr(variable, "path") else variable.numpy())
+
+    def __array__(self, dtype=None, copy=None):
+        """The value."""
+        return self.value
+
+
+def variables_of(optimizer):
+    """The optimizer's variables, which later steps do not change."""
+    variables = optimizer.weights if isinstance(optimizer, tf_keras.optimizers.legacy.Nadam) else optimizer.variables
+    return [Frozen(x) for x in variables]

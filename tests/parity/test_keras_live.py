@@ -618,19 +618,32 @@ def test_weights_of_the_legacy_optimizer():
 # Sources by name.
 
 
+def continues(found, weights, keys, config):
+    """The largest distance, in learning rates, of our steps from the source, after each of the steps there."""
+    tx = config.build()
+    container = dict if isinstance(weights, dict) else list
+    state = ours.load_state(tx.init(container(weights)), found.source, container, config=config)
+    got, _ = run(tx, container(weights), [container_of(container, keys, g) for g in found.grads], state)
+    distances = (
+        gap(dict(zip(keys, w, strict=True)), {k: got[k][i] for k in keys}, sources.LEARNING_RATE)
+        for i, w in enumerate(found.after)
+    )
+    return max(distances)
+
+
+def container_of(container, keys, arrays):
+    """Arrays as weights have them: by name, or in order."""
+    return dict(zip(keys, arrays, strict=True)) if container is dict else list(arrays)
+
+
 def continues_by_name(found, config):
-    """The largest distance, in learning rates, of our continuation from the source alone, after the steps there."""
+    """The same, from the source alone."""
     weights = ours.read_weights(found.source)
     assert len(weights) == len(found.weights)
     # The weights are random, so that their values tell which is which.
     names = [next(n for n, x in weights.items() if np.array_equal(x, w)) for w in found.weights]
     assert len(set(names)) == len(names)
-    tx = config.build()
-    params = dict(weights)
-    state = ours.load_state(tx.init(params), found.source, lambda weights: dict(weights), config=config)
-    got, _ = run(tx, params, [dict(zip(names, g, strict=True)) for g in found.grads], state)
-    expected = stack([dict(zip(names, w, strict=True)) for w in found.after])
-    return gap(got, expected, sources.LEARNING_RATE)
+    return continues(found, weights, names, config)
 
 
 @pytest.mark.parametrize("kind", sources.tensorflow_savers(pathlib.Path()))
@@ -664,3 +677,21 @@ def test_trees_of_keras(arguments, kind, tmp_path):
     found = sources.keras_run(sources.keras_savers(tmp_path)[kind], **arguments)
     config = NadamConfig(learning_rate=sources.LEARNING_RATE, momentum_decay=1.0)
     assert continues_by_name(found, config) <= CLOSE_RESUMED
+
+
+IN_ORDER = [(d, kind) for d in OPTIMIZERS for kind in sources.savers_in_order(d, pathlib.Path())]
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint stores no product:UserWarning")
+@pytest.mark.parametrize(("dialect", "kind"), IN_ORDER)
+def test_sources_in_order(dialect, kind, tmp_path):
+    save = sources.savers_in_order(dialect, tmp_path)[kind]
+    found = sources.keras_run(save) if dialect == "keras" else sources.tensorflow_run(dialect, save)
+    momentum_decay = 0.004 if dialect == "legacy" else 1.0
+    config = NadamConfig(learning_rate=sources.LEARNING_RATE, momentum_decay=momentum_decay)
+    if kind in (".h5", ".keras"):
+        assert ours.read_config(found.source).momentum_decay == momentum_decay
+    if kind == ".h5":
+        for mine, other in zip(ours.read_weights(found.source), found.weights, strict=True):
+            np.testing.assert_array_equal(mine, other)
+    assert continues(found, found.weights, list(range(len(found.weights))), config) <= CLOSE_RESUMED
