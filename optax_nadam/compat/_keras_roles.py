@@ -152,19 +152,6 @@ _LAYOUTS = (
 )
 
 
-def find_roles(stored: Stored, size: int) -> Roles:
-    """Which array is what.
-
-    Args:
-      stored: the arrays.
-      size: how many numbers the params have, by which one of two layouts that fit is chosen.
-
-    Raises:
-      ValueError: neither the names nor the shapes tell, or the shapes fit more than one layout.
-    """
-    return by_names(stored) or _by_shapes(stored, size)
-
-
 def by_names(stored: Stored) -> Roles | None:
     """Which array is what, if the names tell it of every one; those of a mapping must."""
     if None in stored.names:
@@ -252,8 +239,8 @@ def _place(weight: _Weight, known: Mapping[str, Sequence[int]]) -> int | None:
     return places[occurrence] if occurrence < len(places) else None
 
 
-def _by_shapes(stored: Stored, size: int) -> Roles:
-    """Which array is what, if exactly one layout fits the shapes, or one with so many numbers in the weights."""
+def by_shapes(stored: Stored, size: int) -> Roles:
+    """Which array is what, if exactly one layout fits the shapes, or one with ``size`` numbers in the weights."""
     layouts = [layout for layout in _LAYOUTS if layout.dialect in (stored.dialects or configs.SIDES)]
     shapes = [x.shape for x in stored.arrays]
     fits = _fits(layouts, shapes)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from optax_nadam.compat import _keras_config as configs
 from optax_nadam.compat._common import as_numpy
 from optax_nadam.compat._keras_files import Stored, read_file
 from optax_nadam.compat._keras_named import read_mapping, read_orbax, read_tensorflow
@@ -25,8 +26,11 @@ _NO_CHECKPOINT = (
 )
 
 
-def read_source(source: Any) -> Stored:
-    """The arrays of an optimizer in a source of any kind."""
+def read_source(source: Any, dialect: str | None = None) -> Stored:
+    """The arrays of an optimizer in a source of any kind, by this dialect if one is given."""
+    if dialect is not None:
+        configs.check_dialect(dialect)
+        return read_source(source)._replace(dialects=[dialect])
     if isinstance(source, str | os.PathLike):
         return _read_path(os.fspath(source))
     if isinstance(source, Mapping):

@@ -15,7 +15,7 @@ from optax_nadam._state import get_state
 from optax_nadam.compat import _keras_config as configs
 from optax_nadam.compat._common import Checkpoint, as_numpy, get_numbers, rule_of
 from optax_nadam.compat._keras_files import Stored
-from optax_nadam.compat._keras_roles import Roles, by_names, find_roles
+from optax_nadam.compat._keras_roles import Roles, by_names, by_shapes
 from optax_nadam.compat._keras_sources import read_source
 
 _ACCUMULATED = (
@@ -63,8 +63,8 @@ _OTHER_LEARNING_RATE = (
 def read(opt_state: Any, source: Any, config: NadamConfig | None, dialect: str | None) -> Checkpoint:
     """The checkpoint in a source, from which an optimizer state is to continue; called by the public function."""
     check_between_steps(opt_state)
-    stored = _from(read_source(source), dialect)
-    roles = find_roles(stored, _size(opt_state))
+    stored = read_source(source, dialect)
+    roles = by_names(stored) or by_shapes(stored, _size(opt_state))
     if config is None and stored.config and (roles.product is None or roles.accumulates is not False):
         config = configs.config_from(stored.config)
     product, learning_rate = (
@@ -93,14 +93,6 @@ def read_config(source: Any) -> NadamConfig:
     if not stored.config:
         raise ValueError(_NO_HYPERPARAMETERS)
     return configs.config_from(stored.config)
-
-
-def _from(stored: Stored, dialect: str | None) -> Stored:
-    """What is stored, by this dialect if one is given."""
-    if dialect is None:
-        return stored
-    configs.check_dialect(dialect)
-    return stored._replace(dialects=[dialect])
 
 
 def _as_weights(stored: Stored, roles: Roles, arrays: list[np.ndarray]) -> Any:
