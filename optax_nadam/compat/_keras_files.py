@@ -1,4 +1,4 @@
-"""Keras' files, read into the optimizer's arrays with what else tells what they are."""
+"""Keras' own files, read into the optimizer's arrays with all that tells what they are."""
 
 import importlib
 import io
@@ -20,34 +20,39 @@ class Stored(NamedTuple):
     """The arrays of an optimizer, as a source has them.
 
     Attributes:
-      arrays: the arrays, in order.
+      arrays: the arrays, in the order of the source.
       names: their names, or None each.
-      weights: the names of the model's weights, in order, as far as known.
-      config: the optimizer's config, as far as known.
+      weights: the names of the model's weights, as the optimizer's arrays have them in theirs, in order, where known.
+      values: the model's weights, likewise.
+      keys: the names under which ``to_params`` gets weights and moments; None where it gets a list.
+      config: the optimizer's config, where known.
       dialects: which may have written this; empty for any.
     """
 
     arrays: Sequence[np.ndarray]
     names: Sequence[str | None]
     weights: Sequence[str] = ()
+    values: Sequence[np.ndarray] = ()
+    keys: Sequence[str] | None = None
     config: Mapping[str, Any] | None = None
     dialects: Sequence[str] = ()
 
 
 def read_file(path: str) -> Stored:
     """The optimizer's arrays in a ``.h5``, ``.weights.h5`` or ``.keras`` file."""
-    h5py = _imported("h5py", "h5py")
+    h5py = import_for_reading("h5py")
     if zipfile.is_zipfile(path):
         return _read_archive(path, h5py)
     with h5py.File(path, "r") as file:
         return _read_names(file) if "optimizer_weights" in file else _read_numbers(file, path)
 
 
-def _imported(name: str, package: str) -> Any:
-    """A module of a package that only some files need."""
+def import_for_reading(name: str, package: str | None = None) -> Any:
+    """A module of a package that only some sources need."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        package = package or name
         raise ImportError(f"reading this source needs the package {package}: pip install {package}.") from error
 
 
@@ -79,14 +84,21 @@ def _read_names(file: Any) -> Stored:
     """A file of weights by name."""
     optimizer, model = file["optimizer_weights"], file.get("model_weights", {})
     names = _attribute(optimizer, "weight_names")
-    layers = _attribute(model, "layer_names") if model else []
+    layers = [model[name] for name in (_attribute(model, "layer_names") if model else [])]
+    weights = {(layer.name, name): layer[name] for layer in layers for name in _attribute(layer, "weight_names")}
     training = json.loads(file.attrs.get("training_config", "{}"))
     return Stored(
         [np.asarray(optimizer[name]) for name in names],
         names,
-        [name for layer in layers for name in _attribute(model[layer], "weight_names")],
-        training.get("optimizer_config"),
+        weights=[_in_optimizer(name) for _, name in weights],
+        values=[np.asarray(x) for x in weights.values()],
+        config=training.get("optimizer_config"),
     )
+
+
+def _in_optimizer(name: str) -> str:
+    """The name of a weight as its moments have it in theirs; that of Keras 3 has _ for every /."""
+    return name.removesuffix(":0") if name.endswith(":0") else name.replace("/", "_")
 
 
 def _attribute(group: Any, name: str) -> list[str]:

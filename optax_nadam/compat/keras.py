@@ -4,11 +4,13 @@ Three dialects, here as in every ``dialect`` argument:
 
 * ``"keras"``: Keras 3, the default wherever something is written.
 * ``"tf_keras"``: ``tf.keras`` from TensorFlow 2.11 and the package ``tf_keras``. Equal to Keras 3 where it runs
-  eagerly; inside ``fit()`` it multiplies the product of the momenta about once per variable and step, not once per
-  step, which is not imitated here.
+  eagerly. Inside ``fit()`` it multiplies the product of the momenta about once per variable and step, not once per
+  step, which is not imitated here; the product vanishes on both sides, so that such a run is continued exactly after
+  some tens of steps.
 * ``"legacy"``: ``tf.keras`` from TensorFlow 1 to 2.10 and ``optimizers.legacy``; Keras 2.2 and 2.3 are read too.
 
-Neither Keras nor TensorFlow is needed.
+Neither Keras nor TensorFlow is needed, but for what reads their files: TensorFlow for its checkpoints, ``h5py`` for
+``.h5`` and ``.keras``, Orbax for its directories.
 """
 
 import warnings
@@ -34,6 +36,8 @@ __all__ = [
     "legacy_nadam",
     "load_state",
     "nadam",
+    "read_config",
+    "read_weights",
     "set_weights",
 ]
 
@@ -264,11 +268,18 @@ def load_state(
 
         * the list that ``optimizer.get_weights()`` returned (legacy, Keras 2);
         * ``optimizer.variables`` or ``optimizer.weights``, or the list of their values;
-        * the path of a model's ``.h5``, ``.keras`` or ``.weights.h5`` file, which needs ``h5py``.
-      to_params: turns the list of the model's trainable weights into a tree like the params; it gets the moments in the
-        same order.
+        * the path of a model's ``.h5``, ``.keras`` or ``.weights.h5`` file, or of the directory of Keras 3's
+          ``BackupAndRestore``, which needs ``h5py``;
+        * the path of a TensorFlow checkpoint, which needs TensorFlow: a prefix (``save_weights``, ``Saver``,
+          ``tf.train.Checkpoint``), the directory of the latest, a SavedModel, that of ``BackupAndRestore``;
+        * a mapping of a TensorFlow checkpoint's names to its arrays, as ``tf.train.load_checkpoint`` has them;
+        * ``model.get_state_tree()`` of Keras 3, or what Orbax restores of it, or the directory of the callback
+          ``OrbaxCheckpoint``, which needs ``orbax-checkpoint``.
+      to_params: turns the model's trainable weights into a tree like the params, and so the moments, which it gets in
+        the same form: a list in the order of ``model.trainable_variables``; or, from a TensorFlow checkpoint, a tree of
+        Keras 3 and any mapping, a dict by name, as :func:`read_weights` returns it.
       config: the hyperparameters of the optimizer that continues. Needed where the checkpoint has no product of the
-        momenta, or gradients are accumulated; files, except for ``.weights.h5``, have it themselves.
+        momenta, or gradients are accumulated; ``.h5`` and ``.keras`` files have it themselves.
       dialect: which Keras wrote the checkpoint: ``"keras"``, ``"tf_keras"`` or ``"legacy"``; None to find out from
         names or shapes.
 
@@ -278,11 +289,11 @@ def load_state(
     Raises:
       ValueError: no optimizer state, arrays that fit no layout or more than one, moments that do not fit the params,
         no config where one is needed, or accumulation, there or here, that had not come to its end.
-      ImportError: a file is to be read without ``h5py``.
+      ImportError: a source is to be read without the package that reads it.
 
     Warns:
-      UserWarning: the product of the momenta was not in the checkpoint and has been computed; the learning rate in the
-        checkpoint is not that of the config.
+      UserWarning: the product of the momenta was not in the checkpoint and has been computed, unless it is below 1e-6,
+        where it changes no step by as much; the learning rate in the checkpoint is not that of the config.
 
     Examples:
       >>> import jax.numpy as jnp, numpy as np
@@ -380,3 +391,54 @@ def set_weights(opt_state: Any, weights: Sequence[Any], to_params: Callable[[Any
       1
     """
     return load(opt_state, states.from_weights(opt_state, weights), to_params, None)
+
+
+def read_weights(source: Any) -> Any:
+    """The model's trainable weights in a checkpoint, in the form in which :func:`load_state` passes its moments.
+
+    With it a run moves from the checkpoint alone: ``params = to_params(read_weights(source))``.
+
+    Args:
+      source: as in :func:`load_state`: a TensorFlow checkpoint, a tree or an Orbax directory of Keras 3, or a ``.h5``
+        file. A ``.keras`` and a ``.weights.h5`` file do not tell which weights are trainable.
+
+    Returns:
+      A dict by name, or, of a ``.h5`` file, a list in the order of ``model.trainable_variables``. A weight without
+      moments, which was not trained, is left out.
+
+    Raises:
+      ValueError: the source does not tell which of its weights are trainable.
+      ImportError: a package is needed that is not installed.
+
+    Examples:
+      >>> import numpy as np
+      >>> from optax_nadam import compat
+      >>> saver = {"w": np.ones(1), "training/Nadam/w/m": np.zeros(1), "training/Nadam/w/v": np.zeros(1)}
+      >>> compat.keras.read_weights(saver | {"training/Nadam/iter": np.array(1)})
+      {'w': array([1.])}
+    """
+    return states.read_weights(source)
+
+
+def read_config(source: Any) -> NadamConfig:
+    """The hyperparameters in a checkpoint.
+
+    Args:
+      source: as in :func:`load_state`: a ``.h5`` or ``.keras`` file, or a TensorFlow checkpoint of the legacy Nadam,
+        which stores learning rate, betas and ``schedule_decay``, but neither epsilon, which is then 1e-7, nor clips.
+
+    Returns:
+      A config that builds the same optimizer.
+
+    Raises:
+      ValueError: the source holds no hyperparameters, or as :func:`config_from`.
+      ImportError: a package is needed that is not installed.
+
+    Examples:
+      >>> import numpy as np
+      >>> from optax_nadam import compat
+      >>> numbers = {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.999, "decay": 0.004, "momentum_cache": 0.4}
+      >>> compat.keras.read_config({f"Nadam/{name}": np.float32(x) for name, x in numbers.items()}).b1
+      0.8
+    """
+    return states.read_config(source)

@@ -603,7 +603,7 @@ def test_a_changed_learning_rate_is_reported_where_the_state_is_loaded():
         ([np.array(1.5), PRODUCT, *M, *V], r"iterations must be whole and not negative, got 1.5"),
         ([COUNT, *M, *V], r"config is needed: this Keras checkpoint stores no product of the momenta"),
         (LAYOUTS["keras, averages"][0], r"config is needed: .* or averages"),
-        ({"m": M}, r"source must be a path or a list of arrays or variables, got \{"),
+        (5, r"source must be a path, a list of arrays or variables, or a mapping .* got 5"),
         ([COUNT, PRODUCT, M[1], M[0].T, V[1], V[0].T], r"m"),
     ],
 )

@@ -1,13 +1,15 @@
 """Records what the real Kerases compute, for tests that run without them.
 
 Run as ``python -m tests.parity.record_keras``. With ``--old PATH``, where PATH holds an unpacked Keras 3.0 to 3.9,
-only that Keras' checkpoint and the steps after it are recorded: its momentum product has another place.
+only that Keras' checkpoint and the steps after it are recorded: its product of the momenta has another place. With
+``--named``, the checkpoints that are read by name are.
 """
 
 import json
 import os
 import pathlib
 import sys
+import tempfile
 import warnings
 from typing import Any
 
@@ -126,6 +128,51 @@ def record_old(path):
     np.savez_compressed(HERE / "keras_old.npz", version=keras.__version__, **arrays)
 
 
+def record_named():
+    """Checkpoints as mappings of names to arrays, and the steps after them; each as few long arrays."""
+    from tests.parity import keras_sources as sources
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder)
+        for name in ("tf_keras", "saver", "contrib"):
+            (path / name).mkdir()
+        runs = {
+            "legacy": sources.tensorflow_run("legacy", sources.tensorflow_savers(path)["mapping"]),
+            "tf_keras": sources.tensorflow_run("tf_keras", sources.tensorflow_savers(path / "tf_keras")["mapping"]),
+            "tf.keras Saver": sources.graph_run(sources.graph_nadam, path / "saver"),
+            "tf.contrib Saver": sources.graph_run(sources.contrib_nadam, path / "contrib"),
+            "state tree": sources.keras_run(sources.keras_savers(path)["get_state_tree"]),
+        }
+        runs = {
+            name: found if isinstance(found.source, dict) else found._replace(source=sources.tensors(found.source))
+            for name, found in runs.items()
+        }
+    arrays, names = {}, {}
+    for case, found in runs.items():
+        flat = {name: np.asarray(x) for name, x in flatten(found.source) if not isinstance(x, bytes)}
+        order = [next(n for n, x in flat.items() if np.array_equal(x, w)) for w in found.weights]
+        names[case] = {"shapes": {name: x.shape for name, x in flat.items()}, "order": order}
+        arrays[f"{case}/source"] = together(flat.values()).astype(np.float64)
+        for part in ("grads", "after"):
+            arrays[f"{case}/{part}"] = np.stack([together(x) for x in getattr(found, part)])
+    np.savez_compressed(HERE / "keras_named.npz", **arrays)
+    (HERE / "keras_named.json").write_text(json.dumps(names, indent=1) + "\n")
+
+
+def flatten(tree, prefix=""):
+    """Names with slashes, and arrays."""
+    for name, x in tree.items():
+        yield from flatten(x, f"{prefix}{name}/") if isinstance(x, dict) else [(prefix + name, x)]
+
+
+def together(arrays):
+    """The numbers of arrays, one after another."""
+    return np.concatenate([np.ravel(x) for x in arrays])
+
+
 if __name__ == "__main__":
     HERE.mkdir(exist_ok=True)
-    record_old(sys.argv[2]) if "--old" in sys.argv else record()
+    if "--named" in sys.argv:
+        record_named()
+    else:
+        record_old(sys.argv[2]) if "--old" in sys.argv else record()

@@ -23,6 +23,7 @@ from jax import numpy as jnp
 import optax_nadam
 from optax_nadam import NadamConfig, ScheduleConfig
 from optax_nadam.compat import keras as ours
+from tests.parity import keras_sources as sources
 from tests.parity.problem import SHAPES, gap, problem, run, stack
 
 pytestmark = [
@@ -444,9 +445,9 @@ def test_resume_from_legacy(kind, tmp_path):
 
 def test_resume_from_keras_2_without_the_product():
     model = Model("legacy", OPTIMIZERS["legacy"](0.01))
-    model.steps(model.gradients(25))
+    model.steps(model.gradients(5))
     iterations, _, *moments = model.optimizer.get_weights()
-    with pytest.warns(UserWarning, match="computed from 25 steps"):
+    with pytest.warns(UserWarning, match="computed from 5 steps"):
         continues_alike(model, [iterations, *moments], NadamConfig(learning_rate=0.01), 0.01)
 
 
@@ -612,3 +613,85 @@ def test_weights_of_the_legacy_optimizer():
     loaded = ours.set_weights(tx.init(params), weights, lambda weights: dict(zip(SHAPES, weights, strict=True)))
     for mine, other in zip(ours.get_weights(loaded, in_order), weights, strict=True):
         np.testing.assert_array_equal(mine, other)
+
+
+# Sources by name.
+
+
+def continues(found, weights, keys, config):
+    """The largest distance, in learning rates, of our steps from the source, after each of the steps there."""
+    tx = config.build()
+    container = dict if isinstance(weights, dict) else list
+    state = ours.load_state(tx.init(container(weights)), found.source, container, config=config)
+    got, _ = run(tx, container(weights), [container_of(container, keys, g) for g in found.grads], state)
+    distances = (
+        gap(dict(zip(keys, w, strict=True)), {k: got[k][i] for k in keys}, sources.LEARNING_RATE)
+        for i, w in enumerate(found.after)
+    )
+    return max(distances)
+
+
+def container_of(container, keys, arrays):
+    """Arrays as weights have them: by name, or in order."""
+    return dict(zip(keys, arrays, strict=True)) if container is dict else list(arrays)
+
+
+def continues_by_name(found, config):
+    """The same, from the source alone."""
+    weights = ours.read_weights(found.source)
+    assert len(weights) == len(found.weights)
+    # The weights are random, so that their values tell which is which.
+    names = [next(n for n, x in weights.items() if np.array_equal(x, w)) for w in found.weights]
+    assert len(set(names)) == len(names)
+    return continues(found, weights, names, config)
+
+
+@pytest.mark.parametrize("kind", sources.tensorflow_savers(pathlib.Path()))
+@pytest.mark.parametrize("dialect", ["legacy", "tf_keras"])
+def test_tensorflow_checkpoints(dialect, kind, tmp_path):
+    found = sources.tensorflow_run(dialect, sources.tensorflow_savers(tmp_path)[kind])
+    momentum_decay = 0.004 if dialect == "legacy" else 1.0
+    config = NadamConfig(learning_rate=sources.LEARNING_RATE, momentum_decay=momentum_decay)
+    if dialect == "legacy":
+        assert ours.read_config(found.source) == config
+    assert continues_by_name(found, config) <= CLOSE_RESUMED
+
+
+def test_savers_of_tensorflow_1(tmp_path):
+    found = sources.graph_run(sources.graph_nadam, tmp_path)
+    config = ours.read_config(found.source)
+    assert config == NadamConfig(learning_rate=sources.LEARNING_RATE, momentum_decay=0.02)
+    assert continues_by_name(found, config) <= CLOSE_RESUMED
+    assert sorted(ours.read_weights(found.source)) == ["a/bias", "a/kernel", "z/bias", "z/kernel"]
+
+
+def test_savers_of_tf_contrib(tmp_path):
+    found = sources.graph_run(sources.contrib_nadam, tmp_path)
+    config = NadamConfig(learning_rate=sources.LEARNING_RATE, eps=1e-8, rule="eps_hat")
+    assert continues_by_name(found, config) <= CLOSE_RESUMED
+
+
+@pytest.mark.parametrize("kind", sources.keras_savers(pathlib.Path()))
+@pytest.mark.parametrize("arguments", [{}, {"use_ema": True}], ids=["plain", "averages"])
+def test_trees_of_keras(arguments, kind, tmp_path):
+    found = sources.keras_run(sources.keras_savers(tmp_path)[kind], **arguments)
+    config = NadamConfig(learning_rate=sources.LEARNING_RATE, momentum_decay=1.0)
+    assert continues_by_name(found, config) <= CLOSE_RESUMED
+
+
+IN_ORDER = [(d, kind) for d in OPTIMIZERS for kind in sources.savers_in_order(d, pathlib.Path())]
+
+
+@pytest.mark.filterwarnings("ignore:the checkpoint stores no product:UserWarning")
+@pytest.mark.parametrize(("dialect", "kind"), IN_ORDER)
+def test_sources_in_order(dialect, kind, tmp_path):
+    save = sources.savers_in_order(dialect, tmp_path)[kind]
+    found = sources.keras_run(save) if dialect == "keras" else sources.tensorflow_run(dialect, save)
+    momentum_decay = 0.004 if dialect == "legacy" else 1.0
+    config = NadamConfig(learning_rate=sources.LEARNING_RATE, momentum_decay=momentum_decay)
+    if kind in (".h5", ".keras"):
+        assert ours.read_config(found.source).momentum_decay == momentum_decay
+    if kind == ".h5":
+        for mine, other in zip(ours.read_weights(found.source), found.weights, strict=True):
+            np.testing.assert_array_equal(mine, other)
+    assert continues(found, found.weights, list(range(len(found.weights))), config) <= CLOSE_RESUMED
