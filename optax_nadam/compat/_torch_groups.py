@@ -9,7 +9,7 @@ import optax
 
 from optax_nadam._config import NadamConfig, build_with_masks
 from optax_nadam.compat._torch_leaves import Label, call, tagged, the_tag
-from optax_nadam.compat._torch_source import Source
+from optax_nadam.compat._torch_sources import Source
 
 _FROZEN, _FROZEN_LABEL = -1, "frozen"
 

@@ -33,7 +33,7 @@ from optax_nadam.compat._torch_leaves import (
     tags_in,
     the_tag,
 )
-from optax_nadam.compat._torch_source import Layout, Parameter, Source, labels_of
+from optax_nadam.compat._torch_sources import Layout, Parameter, Source, labels_of
 
 _BEHIND = (
     "the parameters differ in the steps they took: {differences}. One Nadam counts for all of its parameters. Pass"

@@ -13,7 +13,7 @@ from optax_nadam._config import NadamConfig
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat import _torch_config as configs
 from optax_nadam.compat import _torch_groups as groups
-from optax_nadam.compat import _torch_source as sources
+from optax_nadam.compat import _torch_sources as sources
 from optax_nadam.compat import _torch_state as states
 from optax_nadam.compat._common import build
 
