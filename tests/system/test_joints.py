@@ -265,7 +265,9 @@ def test_a_dtype_that_was_called_as_a_schedule_is_refused():
 def test_decays_that_injection_made_bfloat16_are_refused():
     """As bfloat16, 0.999 is 1, and every update NaN."""
     narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
-    with pytest.raises(TypeError, match=r"b1 has dtype bfloat16, .*in bfloat16 0.999 is 1. Pass hyperparam_dtype=jnp.float"):
+    with pytest.raises(
+        TypeError, match=r"b1 has dtype bfloat16, .*in bfloat16 0.999 is 1. Pass hyperparam_dtype=jnp.float"
+    ):
         inject(optax_nadam.nadamw)(0.1).init(narrow)
     tx = inject(optax_nadam.nadamw, hyperparam_dtype=jnp.float32)(0.1)
     updates, _ = tx.update(narrow, tx.init(narrow), narrow)
@@ -278,9 +280,7 @@ def test_decays_that_injection_made_bfloat16_are_refused():
 def test_python_numbers_in_a_state_are_named(field, value, place):
     tx = optax_nadam.scale_by_nadam()
     state = tx.init(PARAMS)._replace(**{field: value})
-    with pytest.raises(
-        TypeError, match=rf"scale_by_nadam got a state in which {place} is {value}, not an array"
-    ):
+    with pytest.raises(TypeError, match=rf"scale_by_nadam got a state in which {place} is {value}, not an array"):
         tx.update(PARAMS, state)
     with pytest.raises(TypeError, match=rf"opt_state got a state in which {place} is {value}"):
         compat.optax.load_state(state, source(PARAMS), config=CONFIG)
