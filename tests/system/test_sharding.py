@@ -79,26 +79,33 @@ def test_moments_are_sharded_like_the_params_from_the_start(axes, compile, dtype
 
 
 @in_axes
-@pytest.mark.parametrize("rule", RULES)
-def test_steps_need_no_collective_and_give_the_numbers_of_one_device(rng, axes, rule):
-    tx = nadamw(1e-2, rule=rule)
-    step = make_step(tx)
+def test_steps_need_no_collective_and_give_the_numbers_of_one_device(rng, axes):
+    """The steps of all rules, in one program."""
+    optimizers = {rule: nadamw(1e-2, rule=rule) for rule in RULES}
+    steps = {rule: make_step(tx) for rule, tx in optimizers.items()}
+
+    def init(params):
+        return {rule: (params, tx.init(params)) for rule, tx in optimizers.items()}
+
+    def step(grads, runs):
+        return {rule: steps[rule](grads, state, params) for rule, (params, state) in runs.items()}
+
     params, grads = random_tree(rng), [random_tree(rng) for _ in range(5)]
-    alone, state_alone = params, tx.init(params)
+    alone, step_alone = init(params), jax.jit(step)
     for g in grads:
-        alone, state_alone = jax.jit(step)(g, state_alone, alone)
+        alone = step_alone(g, alone)
 
     with mesh_of(axes) as mesh:
-        params = laid_out(params, mesh)
         grads = [laid_out(g, mesh) for g in grads]
-        state = jax.jit(tx.init)(params)
-        compiled = jax.jit(step).lower(grads[0], state, params).compile()
+        runs = jax.jit(init)(laid_out(params, mesh))
+        compiled = jax.jit(step).lower(grads[0], runs).compile()
         assert collectives(compiled) == []
         for g in grads:
-            params, state = compiled(g, state, params)
-        for tree in (params, state[0].m, state[0].v):
-            assert_laid_out(tree, mesh)
-    chex.assert_trees_all_equal(jax.device_get((params, state)), jax.device_get((alone, state_alone)))
+            runs = compiled(g, runs)
+        for params, state in runs.values():
+            for tree in (params, state[0].m, state[0].v):
+                assert_laid_out(tree, mesh)
+    chex.assert_trees_all_equal(jax.device_get(runs), jax.device_get(alone))
 
 
 def test_moments_split_over_replicas_of_the_params_cost_one_gather_of_the_update(rng):
@@ -167,24 +174,28 @@ def test_replicas_under_shard_map_take_the_step_of_the_mean_gradient(rng, mean_o
 
 
 @pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
-@in_axes
-@pytest.mark.parametrize("narrow", ["bfloat16", "int8"])
-def test_narrow_formats_are_sharded_like_the_params_and_give_the_same_bits(axes, narrow, rng):
+def test_narrow_formats_are_sharded_like_the_params_and_give_the_same_bits(rng):
     """Whichever axes are split, also those of rows: codes like the params, scales like the rows."""
     tree = {name: rng.standard_normal((16, 64 * n)).astype(jnp.bfloat16) for n, name in enumerate(SPECS, start=1)}
-    tx = compensated(nadamw(1e-2, m_dtype=narrow, v_dtype=narrow))
+    formats = {narrow: compensated(nadamw(1e-2, m_dtype=narrow, v_dtype=narrow)) for narrow in ("bfloat16", "int8")}
 
     def stepped(params):
-        return jax.jit(make_step(tx))(params, jax.jit(tx.init)(params), params)
+        states = jax.jit(lambda params: {narrow: tx.init(params) for narrow, tx in formats.items()})(params)
+        return jax.jit(
+            lambda params, states: {
+                narrow: make_step(tx)(params, states[narrow], params) for narrow, tx in formats.items()
+            }
+        )(params, states)
 
     expected = jax.device_get(stepped(jax.tree.map(jnp.asarray, tree)))
-    with mesh_of(axes) as mesh:
-        params, state = stepped(laid_out(tree, mesh))
-        moments = state.inner_state[0].m, state.inner_state[0].v
-        for stored in (params, state.remainder, *moments):
-            assert_laid_out({name: getattr(x, "codes", x) for name, x in stored.items()}, mesh)
-        if narrow == "int8":
-            for name, x in moments[0].items():
+    for axes in AXES:
+        with mesh_of(axes) as mesh:
+            got = stepped(laid_out(tree, mesh))
+            for params, state in got.values():
+                moments = state.inner_state[0].m, state.inner_state[0].v
+                for stored in (params, state.remainder, *moments):
+                    assert_laid_out({name: getattr(x, "codes", x) for name, x in stored.items()}, mesh)
+            for name, x in got["int8"][1].inner_state[0].m.items():
                 rows = NamedSharding(mesh, PartitionSpec(*SPECS[name][:1]))
-                assert x.scale.sharding.is_equivalent_to(rows, 1), (name, x.scale.sharding)
-        chex.assert_trees_all_equal(jax.device_get((params, state)), expected)
+                assert x.scale.sharding.is_equivalent_to(rows, 1), (axes, name, x.scale.sharding)
+            chex.assert_trees_all_equal(jax.device_get(got), expected)
