@@ -58,7 +58,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 
 def test_pages_with_code_are_found():
     assert {page for page in PAGES if sections(page)[0]} >= {"index.md", "start.md", "which.md", "devices.md"}
-    assert len(sections("migrate.md")[1]) == 2
+    assert len(sections("migrate.md")[1]) == 3
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

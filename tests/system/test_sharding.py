@@ -81,7 +81,7 @@ def test_moments_are_sharded_like_the_params_from_the_start(axes, compile, dtype
 @in_axes
 def test_steps_need_no_collective_and_give_the_numbers_of_one_device(rng, axes):
     """The steps of all rules, in one program."""
-    optimizers = {rule: nadamw(1e-2, rule=rule) for rule in RULES}
+    optimizers = {name: nadamw(1e-2, rule=rule) for name, rule in RULES.items()}
     steps = {rule: make_step(tx) for rule, tx in optimizers.items()}
 
     def init(params):
