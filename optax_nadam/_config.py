@@ -157,9 +157,7 @@ class NadamConfig:
                 f"learning_rate_decay must be 0 where learning_rate is a schedule, got {self.learning_rate_decay!r}."
             )
 
-    def build(
-        self, learning_rate: optax.ScalarOrSchedule | ScheduleConfig | None = None
-    ) -> optax.GradientTransformationExtraArgs:
+    def build(self, learning_rate: optax.ScalarOrSchedule | None = None) -> optax.GradientTransformationExtraArgs:
         """The optimizer of these hyperparameters.
 
         Where only the fields of :func:`optax_nadam.nadam` or :func:`optax_nadam.nadamw` are set, its state is that of

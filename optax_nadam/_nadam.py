@@ -27,7 +27,7 @@ from optax_nadam._rules import (
     scalar_dtype,
     scalars_of_step,
 )
-from optax_nadam._schedules import ScheduleConfig, parse_learning_rate
+from optax_nadam._schedules import parse_learning_rate
 from optax_nadam._state import ScaleByNadamState, in_form_of
 from optax_nadam._wrappers import chain
 
@@ -199,7 +199,7 @@ def _unzip(treedef: Any, triples: list[tuple[jax.Array, Moment, Moment]]) -> tup
 
 
 def nadam(
-    learning_rate: optax.ScalarOrSchedule | ScheduleConfig = 1e-3,
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-7,
@@ -261,7 +261,7 @@ def nadam(
 
 
 def nadamw(
-    learning_rate: optax.ScalarOrSchedule | ScheduleConfig = 1e-3,
+    learning_rate: optax.ScalarOrSchedule = 1e-3,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-7,

@@ -79,6 +79,10 @@ class ScheduleConfig:
         """The schedule as a function of the steps taken so far."""
         return SCHEDULES[self.name](**self.arguments)
 
+    def __call__(self, count: ArrayLike) -> ArrayLike:
+        """The learning rate after ``count`` steps: a config is a schedule itself."""
+        return self.build()(count)
+
 
 def parse_learning_rate(value: Any) -> optax.ScalarOrSchedule:
     """A finite number, a scalar array, or a schedule that returns scalars. A negative one ascends, as in Optax."""

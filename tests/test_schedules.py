@@ -88,3 +88,9 @@ def test_unknown_schedules_and_arguments_are_rejected():
         ScheduleConfig("cosine_decay", {"initial_learning_rate": 0.1})
     with pytest.raises(ValueError, match=r"schedule 'cosine_decay'.*rate"):
         ScheduleConfig("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10, "rate": 1.0})
+
+
+def test_a_config_is_a_schedule_itself():
+    config = ScheduleConfig("exponential_decay", {"initial_learning_rate": 0.1, "decay_steps": 5, "decay_rate": 0.5})
+    for count in (0, 5, 12):
+        np.testing.assert_array_equal(config(count), config.build()(count))

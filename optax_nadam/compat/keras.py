@@ -45,7 +45,7 @@ _CLIPS_SLICES = "The original clips slices before it adds up those of one row; c
 
 
 def nadam(
-    learning_rate: optax.ScalarOrSchedule | ScheduleConfig = 0.001,
+    learning_rate: optax.ScalarOrSchedule = 0.001,
     beta_1: float = 0.9,
     beta_2: float = 0.999,
     epsilon: float = 1e-7,

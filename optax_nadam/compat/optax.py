@@ -11,7 +11,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 import optax_nadam
 from optax_nadam._config import NadamConfig
-from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat import _optax_config as configs
 from optax_nadam.compat import _optax_state as states
 from optax_nadam.compat._common import load
@@ -20,7 +19,7 @@ __all__ = ["config_from", "config_to", "dump_state", "load_state", "nadam", "nad
 
 
 def nadam(
-    learning_rate: optax.ScalarOrSchedule | ScheduleConfig,
+    learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
@@ -56,7 +55,7 @@ def nadam(
 
 
 def nadamw(
-    learning_rate: optax.ScalarOrSchedule | ScheduleConfig,
+    learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,

@@ -11,7 +11,6 @@ import optax
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat import _timm_config as configs
 from optax_nadam.compat import _torch_groups as groups
 from optax_nadam.compat import _torch_sources as sources
@@ -26,7 +25,7 @@ _LEGACY = sources.Layout(configs.LEGACY, product="m_schedule", python_numbers=Tr
 
 
 def nadamw(
-    lr: optax.ScalarOrSchedule | ScheduleConfig = 1e-3,
+    lr: optax.ScalarOrSchedule = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 1e-2,
@@ -92,7 +91,7 @@ def nadamw(
 
 
 def nadamlegacy(
-    lr: optax.ScalarOrSchedule | ScheduleConfig = 2e-3,
+    lr: optax.ScalarOrSchedule = 2e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0,

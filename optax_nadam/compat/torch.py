@@ -10,7 +10,6 @@ import numpy as np
 import optax
 
 from optax_nadam._config import NadamConfig
-from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat import _torch_config as configs
 from optax_nadam.compat import _torch_groups as groups
 from optax_nadam.compat import _torch_sources as sources
@@ -23,7 +22,7 @@ _LAYOUT = sources.Layout(configs.OPTIMIZER, product="mu_product")
 
 
 def nadam(
-    lr: optax.ScalarOrSchedule | ScheduleConfig = 2e-3,
+    lr: optax.ScalarOrSchedule = 2e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0,
