@@ -48,14 +48,21 @@ class ScaleByNadamState(NamedTuple):
 # The states of Optax that store hyperparameters.
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
-# The states of Optax that count steps, most of them for a schedule, and the field that is the counter.
-_COUNTERS: dict[type, str] = {
-    **dict.fromkeys(INJECTED, "count"),
-    optax.ScaleByScheduleState: "count",
-    type(optax.schedules.WrappedSchedule(optax.constant_schedule(0.0)).init()): "count",
-    type(optax.add_decayed_weights(optax.constant_schedule(0.0)).init(None)): "count",
-    optax.MultiStepsState: "gradient_step",
-}
+
+@functools.cache
+def _counters() -> dict[type, str]:
+    """The states of Optax that count steps, most of them to look something up in a schedule, and the field that counts.
+
+    Found at the first call, since ``init`` starts JAX's backend, which an import must not.
+    """
+    schedule = optax.constant_schedule(0.0)
+    return {
+        **dict.fromkeys(INJECTED, "count"),
+        optax.ScaleByScheduleState: "count",
+        type(optax.schedules.WrappedSchedule(schedule).init()): "count",
+        type(optax.add_decayed_weights(schedule).init(None)): "count",
+        optax.MultiStepsState: "gradient_step",
+    }
 
 
 def nodes_of(tree: Any, kind: type | tuple[type, ...]) -> Iterator[Any]:
@@ -270,9 +277,9 @@ def put_counters(opt_state: Any, count: int) -> Any:
     """The optimizer state with ``count`` in the counters of schedules."""
 
     def set_counter(node: Any) -> Any:
-        return _replaced(node, **{_COUNTERS[type(node)]: _largest_int32(count)})
+        return _replaced(node, **{_counters()[type(node)]: _largest_int32(count)})
 
-    return map_nodes(set_counter, opt_state, tuple(_COUNTERS))
+    return map_nodes(set_counter, opt_state, tuple(_counters()))
 
 
 def _replaced(node: Any, **numbers: float) -> Any:

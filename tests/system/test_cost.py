@@ -1,6 +1,8 @@
 """What a step costs, in figures that do not depend on the machine."""
 
 import functools
+import subprocess
+import sys
 
 import jax
 import optax
@@ -146,3 +148,9 @@ def test_bytes_and_kernels_are_no_more_than_those_of_optax_nadam():
     ours, theirs = compiled(nadam(1e-3), leaf()), compiled(optax.nadam(1e-3), leaf())
     assert bytes_a_parameter(ours) <= bytes_a_parameter(theirs) + 0.001
     assert kernels(ours).total() <= kernels(theirs).total()
+
+
+def test_an_import_starts_no_backend():
+    """After it, the number of devices may still be chosen, and ``jax.distributed.initialize`` be called."""
+    code = "import optax_nadam, jax; jax.config.update('jax_num_cpu_devices', 3); assert jax.device_count() == 3"
+    subprocess.run([sys.executable, "-c", code], check=True)
