@@ -114,7 +114,7 @@ def config_from(config: Mapping[str, Any], *, optimizer: str) -> NadamConfig:
         differ: ``nadamw`` has a weight decay of 1e-4.
 
     Returns:
-      A config that builds the same optimizer: with the rule ``constant``, or with ``adam`` for ``optax.adam`` and
+      A config that builds the same optimizer, with the rule ``constant``, or with ``adam`` for ``optax.adam`` and
       ``adamw`` without ``nesterov``.
 
     Raises:

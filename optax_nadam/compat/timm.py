@@ -216,7 +216,7 @@ def from_groups(
       weights: as in :func:`load_state`; what the optimizer does not have is frozen.
 
     Returns:
-      A gradient transformation: with one set of hyperparameters that of ``config_from(group).build()``.
+      A gradient transformation. With one set of hyperparameters it is that of ``config_from(group).build()``.
 
     Raises:
       ValueError: as :func:`config_from` and :func:`load_state`; a leaf is made of parameters of different groups.
