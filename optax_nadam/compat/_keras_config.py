@@ -235,7 +235,7 @@ def _learning_rate_to(learning_rate: float | ScheduleConfig) -> Any:
     return {
         "module": "keras.optimizers.schedules",
         "class_name": names[learning_rate.name],
-        "config": dict(learning_rate.arguments),
+        "config": {name: list(x) if isinstance(x, tuple) else x for name, x in learning_rate.arguments.items()},
         "registered_name": None,
     }
 

@@ -5,6 +5,7 @@
 The file is ``torch/optim/nadam.py`` of torch 1.13.1, from its wheel; it runs beside the installed torch.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -43,6 +44,7 @@ NADAMW_CASES: dict[str, dict[str, Any]] = {
 LEGACY_CASES: dict[str, dict[str, Any]] = {"legacy": {"weight_decay": 0.1, "schedule_decay": 0.5}}
 
 
+@functools.cache
 def timm_optimizers():
     """``NAdamW`` and ``NAdamLegacy``, without importing timm, whose package needs torchvision."""
     spec: Any = importlib.util.find_spec("timm")
