@@ -67,7 +67,7 @@ def traced(monkeypatch):
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(_nadam, "_abs_squared", lambda x: f"leaf {x.shape}")
+    watch(_nadam, "abs_squared", lambda x: f"leaf {x.shape}")
     watch(_rules, "_log", lambda base: "coefficients")
     jax.clear_caches()
     return calls
