@@ -195,10 +195,10 @@ def runs_of(task: Task, form: Format, seeds: int) -> Runs:
 
 def bytes_a_parameter(task: Task, form: Format) -> tuple[float, float]:
     """Of the weights and of the whole optimizer state, with scales, counters and leaves too small to be narrow."""
-    params = _cast(task.init(jax.random.key(0)), form.weights)
-    trees = params, form.make(warmup_cosine(task)).init(params)
+    params = jax.eval_shape(lambda key: _cast(task.init(key), form.weights), jax.random.key(0))
+    trees = params, jax.eval_shape(form.make(warmup_cosine(task)).init, params)
     size = sum(x.size for x in jax.tree.leaves(params))
-    weights, state = (sum(x.nbytes for x in jax.tree.leaves(tree)) / size for tree in trees)
+    weights, state = (sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / size for tree in trees)
     return weights, state
 
 

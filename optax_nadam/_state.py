@@ -107,12 +107,23 @@ def in_form_of(like: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = Non
     Flax nnx keeps names but not containers: it returns a NamedTuple in a variable as a mapping, its fields sorted. Any
     other tree is returned unchanged.
     """
-    form: Any = jax.tree.structure(like, is_leaf)
-    if jax.tree.structure(tree, is_leaf) == form:
+    if jax.tree.structure(tree, is_leaf) == jax.tree.structure(like, is_leaf):
         return tree
     found, wanted = _by_name(tree, is_leaf), _by_name(like, is_leaf)
     renamed = found.keys() == wanted.keys() and any(found[name][0] != wanted[name][0] for name in wanted)
-    return jax.tree.unflatten(form, [found[name][1] for name in wanted]) if renamed else tree
+    return by_names_of(like, tree, is_leaf) if renamed else tree
+
+
+def by_names_of(like: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """``tree`` in the structure of ``like``, leaf by leaf of the same name, whatever the containers.
+
+    Checkpoints keep names but not containers: Orbax without a target restores tuples as lists and an empty container as
+    None. Where a leaf of one has no counterpart in the other, the tree is returned unchanged.
+    """
+    found, wanted = _by_name(tree, is_leaf), _by_name(like, is_leaf)
+    if found.keys() != wanted.keys():
+        return tree
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf), [found[name][1] for name in wanted])
 
 
 def _by_name(tree: Any, is_leaf: Callable[[Any], bool] | None) -> dict[tuple[str, ...], tuple[Any, Any]]:
@@ -223,7 +234,7 @@ def put_state(opt_state: Any, *, count: int, mu_product: float, m: Any, v: Any) 
       opt_state: a state of the optimizer that is to continue, as its ``init`` makes it; it is not changed.
       count: steps taken.
       mu_product: the product of the momenta so far.
-      m: first moments, arrays in a tree like the params.
+      m: first moments, arrays in a tree with the names of the params; its containers may be others.
       v: second moments, likewise.
 
     Returns:
@@ -234,6 +245,7 @@ def put_state(opt_state: Any, *, count: int, mu_product: float, m: Any, v: Any) 
       TypeError: a moment is not an array of numbers.
     """
     old = get_state(opt_state)
+    m, v = by_names_of(old.m, m, is_quantized), by_names_of(old.v, v, is_quantized)
     for name, moments, like in (("m", m, old.m), ("v", v, old.v)):
         validation.check_like_moments(name, moments, like)
     new = old._replace(

@@ -1,5 +1,7 @@
 """Strictness for every test, and the few things that tests share."""
 
+import os
+
 import chex
 import hypothesis
 import jax
@@ -17,6 +19,14 @@ STRICT = {"jax_numpy_dtype_promotion": "strict", "jax_numpy_rank_promotion": "ra
 def pytest_addoption(parser):
     """Adds --fail-on-skip."""
     parser.addoption("--fail-on-skip", action="store_true", help="fail when any test was skipped")
+
+
+def pytest_configure(config):
+    """Compiles a program once for all tests, processes and later runs; ``pytest --cache-clear`` forgets them."""
+    programs = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("programs")))
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", programs)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -59,7 +59,7 @@ def load(opt_state: Any, found: Checkpoint, to_params: Callable[[Any], Any], con
 
     Raises:
       ValueError: the product of the momenta is not stored and there are no hyperparameters; the moments do not fit.
-      TypeError: a moment is no array of numbers.
+      TypeError: a moment is not an array of numbers.
     """
     product = found.product
     if product is None:

@@ -38,7 +38,7 @@ _NO_BETA = (
     "config is needed: tf.contrib's Nadam stores its steps as a power of beta1, and no hyperparameters. Pass config=,"
     " a NadamConfig with rule='eps_hat'."
 )
-_NO_POWER = "the checkpoint's beta1_power={power!r} is no power of config.b1={b1!r}."
+_NO_POWER = "the checkpoint's beta1_power={power!r} is not a power of config.b1={b1!r}."
 _NO_STEP = "the checkpoint's beta1_power has vanished and it has no global_step, so that its steps are not known."
 _VANISHED = 1e-30
 _COMPUTED = (

@@ -47,7 +47,7 @@ def nadamw(
 
     Raises:
       ValueError: a number out of range.
-      TypeError: a value that is no number, or a ``debias`` that is no boolean.
+      TypeError: a value that is not a number, or a ``debias`` that is not a boolean.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -135,7 +135,7 @@ def load_state(
 
     Raises:
       ValueError: ``source`` holds no such state or more than one, its moments do not fit, or there is no config.
-      TypeError: a moment is no array of numbers.
+      TypeError: a moment is not an array of numbers.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -89,7 +89,7 @@ def nadam(
 
     Raises:
       ValueError: a number out of range, more than one of the three clips, or ``use_ema`` or ``loss_scale_factor``.
-      TypeError: a hyperparameter that is no number.
+      TypeError: a hyperparameter that is not a number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -163,7 +163,7 @@ def legacy_nadam(
       ValueError: a number out of range, a schedule as the learning rate, ``clipnorm`` beside ``global_clipnorm``, or
         a clip beside ``sparse_rows``: the original clips the slices before it adds up those of one row, which a dense
         gradient no longer shows.
-      TypeError: a hyperparameter that is no number.
+      TypeError: a hyperparameter that is not a number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -379,7 +379,7 @@ def set_weights(opt_state: Any, weights: Sequence[Any], to_params: Callable[[Any
 
     Raises:
       ValueError: the weights do not fit the state in number or shape.
-      TypeError: a moment is no array of numbers.
+      TypeError: a moment is not an array of numbers.
 
     Examples:
       >>> import jax.numpy as jnp

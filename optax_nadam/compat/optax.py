@@ -41,7 +41,7 @@ def nadam(
 
     Raises:
       ValueError: a number out of range, or a dtype that is not offered.
-      TypeError: a value that is no number.
+      TypeError: a value that is not a number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -168,7 +168,8 @@ def load_state(
     Args:
       opt_state: a fresh state of the optimizer that is to continue, at any depth of chains and wrappers; it is not
         changed.
-      source: Optax's state, at any depth of chains and wrappers.
+      source: Optax's state, at any depth of chains and wrappers; also as the dicts and lists that Orbax without a
+        target, or Flax's ``to_state_dict``, makes of it.
       to_params: turns a tree like the other run's params into one like ours; by default they are the same.
       config: the hyperparameters of the optimizer that continues. Needed: Optax stores no product of the momenta.
 
@@ -178,7 +179,7 @@ def load_state(
 
     Raises:
       ValueError: ``source`` holds no such state or more than one, its moments do not fit, or there is no config.
-      TypeError: a moment is no array of numbers.
+      TypeError: a moment is not an array of numbers.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -64,7 +64,7 @@ def nadamw(
 
     Raises:
       ValueError: a number out of range, or ``corrected_weight_decay`` beside a schedule without ``max_lr_snapshot``.
-      TypeError: a value that is no number.
+      TypeError: a value that is not a number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -82,7 +82,7 @@ def nadamw(
     del foreach, capturable
     if corrected_weight_decay and max_lr_snapshot is None:
         if not validation.is_number(lr):
-            raise ValueError(f"max_lr_snapshot must be the largest lr where lr is no number, got lr={lr!r}.")
+            raise ValueError(f"max_lr_snapshot must be the largest lr where lr is not a number, got lr={lr!r}.")
         max_lr_snapshot = lr
     fields = configs.fields(
         betas, eps, weight_decay, caution, corrected_weight_decay, maximize, clipping_threshold, max_lr_snapshot
@@ -115,7 +115,7 @@ def nadamlegacy(
 
     Raises:
       ValueError: a number out of range.
-      TypeError: a value that is no number.
+      TypeError: a value that is not a number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -148,7 +148,7 @@ def config_from(config: Mapping[str, Any]) -> NadamConfig:
     Raises:
       ValueError: a key is missing or unknown, or a number is out of range. An older release with
         ``corrected_weight_decay`` wrote no ``max_lr_snapshot``: add it, the ``lr`` that the optimizer was made with.
-      TypeError: a value that is no number.
+      TypeError: a value that is not a number.
 
     Examples:
       >>> from optax_nadam.compat import timm as timm_names
@@ -282,7 +282,7 @@ def load_state(
     Raises:
       ValueError: ``source`` is not such a checkpoint, or has shards only; parameters of one Nadam differ in their steps
         or never stepped, which the text names; names, weights or moments do not fit; weights are tied.
-      TypeError: a moment is no array of numbers.
+      TypeError: a moment is not an array of numbers.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -61,7 +61,7 @@ def nadam(
 
     Raises:
       ValueError: a number out of range.
-      TypeError: a value that is no number.
+      TypeError: a value that is not a number.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -97,7 +97,7 @@ def config_from(config: Mapping[str, Any], *, rule: str | None = None) -> NadamC
     Raises:
       ValueError: a key is missing or unknown, a number is out of range, or the group is of a differentiable optimizer
         of torch 2.0, whose step was neither rule.
-      TypeError: a value that is no number.
+      TypeError: a value that is not a number.
 
     Examples:
       >>> from optax_nadam.compat import torch as torch_names
@@ -229,7 +229,7 @@ def load_state(
     Raises:
       ValueError: ``source`` is not such a checkpoint, or has shards only; parameters of one Nadam differ in their steps
         or never stepped, which the text names; names, weights or moments do not fit; weights are tied.
-      TypeError: a moment is no array of numbers.
+      TypeError: a moment is not an array of numbers.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -261,7 +261,7 @@ def test_steps_of_tf_contrib_are_a_power_of_beta1():
     assert int(optax_nadam.get_state(loaded(vanished, config)).count) == 5000
     with pytest.raises(ValueError, match="beta1_power has vanished and it has no global_step"):
         loaded(contrib(0.0), config)
-    with pytest.raises(ValueError, match=r"beta1_power=0.5 is no power of config.b1=0.9"):
+    with pytest.raises(ValueError, match=r"beta1_power=0.5 is not a power of config.b1=0.9"):
         loaded(contrib(0.5), config)
     with pytest.raises(ValueError, match=r"config is needed: tf.contrib's Nadam stores its steps as a power"):
         keras.load_state(config.build().init({}), contrib(0.9), dict)

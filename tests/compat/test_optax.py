@@ -7,7 +7,9 @@ import chex
 import jax
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
+from flax import serialization
 from jax import numpy as jnp
 
 import optax_nadam
@@ -61,7 +63,7 @@ ADAM = dataclasses.replace(CONSTANT, rule="adam")
 @pytest.mark.parametrize(
     "wrap", [lambda tx: tx, lambda tx: optax.chain(optax.clip_by_global_norm(1e9), tx)], ids=["bare", "chained"]
 )
-def test_a_run_goes_on_here_as_it_would_there(make, wrap):
+def test_a_run_continues_here_as_it_would_there(make, wrap):
     params, grads = problem(1)
     before, running = run(wrap(make(LEARNING_RATE)), params, grads[:25])
     at = jax.tree.map(lambda p: p[-1], before)
@@ -73,6 +75,64 @@ def test_a_run_goes_on_here_as_it_would_there(make, wrap):
     )
     assert gap(ours, theirs, LEARNING_RATE) < BOUND
     assert optax.tree.get(state, "ScaleByNadamState").count == 35
+
+
+SPLIT = {"kernel": "nadam", "bias": "sgd", "conv": "nadam", "scale": "nadam"}
+WRAPPED = {
+    "bare": lambda tx: tx,
+    "chain": lambda tx: optax.chain(optax.clip_by_global_norm(1e9), tx, optax.scale_by_schedule(lambda count: 1.0)),
+    "partition": lambda tx: optax.partition({"nadam": tx, "sgd": optax.sgd(LEARNING_RATE)}, SPLIT),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 1),
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(lambda scale: optax.chain(tx, optax.scale(scale)))(1.0),
+}
+
+
+def through_orbax(state, folder):
+    """What Orbax restores of it without a target: dicts, lists and None in place of NamedTuples and tuples."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder / "state", {"opt_state": state})
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(folder / "state")
+
+
+def through_flax(state, folder):
+    """The same by Flax: dicts alone."""
+    (folder / "state").write_bytes(serialization.msgpack_serialize(serialization.to_state_dict(state)))
+    return serialization.msgpack_restore((folder / "state").read_bytes())
+
+
+@pytest.mark.parametrize("through", [through_orbax, through_flax])
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_a_state_restored_as_plain_dicts_continues(wrap, through, tmp_path):
+    params, grads = problem(5)
+    theirs, ours = (WRAPPED[wrap](module.nadam(LEARNING_RATE)) for module in (optax, compat.optax))
+    before, running = run(theirs, params, grads[:12])
+    at = jax.tree.map(lambda p: p[-1], before)
+    resumed = compat.optax.load_state(ours.init(at), through(running, tmp_path), config=CONSTANT)
+    assert optax_nadam.get_state(resumed).count == 12
+    here, there = (run(tx, at, grads[12:20], state)[0] for tx, state in ((ours, resumed), (theirs, running)))
+    assert gap(here, there, LEARNING_RATE) < BOUND
+
+
+def test_params_with_the_names_of_fields_are_no_state():
+    plain = {"count": 0.5, "mu": 1.0, "nu": 1.0}
+    source = [plain, {"count": np.int32(3), "mu": {"w": np.ones(2)}, "nu": {"w": np.ones(2)}}]
+    tx = compat.optax.nadam(LEARNING_RATE)
+    state = compat.optax.load_state(tx.init({"w": jnp.ones(2)}), source, config=CONSTANT)
+    assert state[0].count == 3
+    with pytest.raises(ValueError, match="source must hold one ScaleByAdamState.*holds 0"):
+        compat.optax.load_state(tx.init({"w": jnp.ones(2)}), [plain], config=CONSTANT)
+
+
+def test_lists_in_place_of_tuples_are_matched_by_name_and_other_names_refused():
+    params = (jnp.ones(2), {"w": jnp.ones(3)})
+    tx = compat.optax.nadam(LEARNING_RATE)
+    moments = [np.full(2, 0.5), {"w": np.full(3, 0.25)}]
+    state = compat.optax.load_state(tx.init(params), {"count": 1, "mu": moments, "nu": moments}, config=CONSTANT)
+    chex.assert_trees_all_equal(state[0].m, (jnp.full(2, 0.5), {"w": jnp.full(3, 0.25)}))
+    other = [np.full(2, 0.5), {"v": np.full(3, 0.25)}]
+    with pytest.raises(ValueError, match=r"m differ in structure.*missing \[1\]\['w'\]; unexpected \[1\]\['v'\]"):
+        compat.optax.load_state(tx.init(params), {"count": 1, "mu": other, "nu": other}, config=CONSTANT)
 
 
 def test_and_back():

@@ -90,7 +90,7 @@ def test_execution_only_arguments_change_nothing():
             ours.nadamw,
             {"lr": optax.constant_schedule(0.1), "corrected_weight_decay": True},
             ValueError,
-            r"max_lr_snapshot must be the largest lr where lr is no number",
+            r"max_lr_snapshot must be the largest lr where lr is not a number",
         ),
     ],
 )

@@ -29,9 +29,15 @@ STRAIGHT = Task(
 )
 
 
-def test_a_byte_is_predicted_from_those_before_it_alone():
+def weights(rng, init):
+    """Like those of a task, drawn by NumPy, which need not compile a program for each shape."""
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape), x.dtype), shapes)
+
+
+def test_a_byte_is_predicted_from_those_before_it_alone(rng):
     task = _tasks.language_model()
-    params, (text, following) = task.init(jax.random.key(0)), jax.tree.map(lambda x: x[:2], task.train)
+    params, (text, following) = weights(rng, task.init), jax.tree.map(lambda x: x[:2], task.train)
     np.testing.assert_array_equal(text[:, 1:], following[:, :-1])
     for place in (0, 20):
         logits, others = (_tasks._next_byte(params, x, jax.nn.gelu) for x in (text, text.at[:, place].add(1)))
@@ -40,13 +46,13 @@ def test_a_byte_is_predicted_from_those_before_it_alone():
         assert changed[:, place:].all()
 
 
-def test_the_network_for_digits_convolves():
-    layer = _tasks._convolutions(jax.random.key(0))["second"]
-    x = jax.random.normal(jax.random.key(1), (3, 8, 8, 16))
+def test_the_network_for_digits_convolves(rng):
+    layer = weights(rng, _tasks._convolutions)["second"]
+    x = jnp.asarray(rng.standard_normal((3, 8, 8, 16)), jnp.float32)
     expected = jax.lax.conv_general_dilated(
         x, layer["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
     )
-    np.testing.assert_allclose(_tasks._convolved(x, layer), expected, atol=1e-5)
+    np.testing.assert_allclose(_tasks._convolved(x, layer), expected + layer["b"], atol=1e-5)
 
 
 @pytest.mark.parametrize("make", memory_quality.TASKS)
@@ -143,6 +149,7 @@ def test_quality_is_written_as_a_table_and_drawn(straight, capsys):
 def test_a_short_run_for_quality_writes_nothing(straight, capsys, monkeypatch, options):
     monkeypatch.setattr(memory_quality, "FORMATS", [FLOAT32])
     monkeypatch.setattr(memory_quality, "OFFERED", [])
+    monkeypatch.setattr(memory_quality, "LEARNING_RATES", (1e-3, 2e-3))
     memory_quality.main(options)
     assert list(straight.iterdir()) == []
     assert "straight, " in capsys.readouterr().out

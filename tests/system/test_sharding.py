@@ -179,23 +179,29 @@ def test_narrow_formats_are_sharded_like_the_params_and_give_the_same_bits(rng):
     tree = {name: rng.standard_normal((16, 64 * n)).astype(jnp.bfloat16) for n, name in enumerate(SPECS, start=1)}
     formats = {narrow: compensated(nadamw(1e-2, m_dtype=narrow, v_dtype=narrow)) for narrow in ("bfloat16", "int8")}
 
-    def stepped(params):
-        states = jax.jit(lambda params: {narrow: tx.init(params) for narrow, tx in formats.items()})(params)
+    def started(params):
+        return jax.jit(lambda params: {narrow: tx.init(params) for narrow, tx in formats.items()})(params)
+
+    def stepped(params, states):
         return jax.jit(
             lambda params, states: {
                 narrow: make_step(tx)(params, states[narrow], params) for narrow, tx in formats.items()
             }
         )(params, states)
 
-    expected = jax.device_get(stepped(jax.tree.map(jnp.asarray, tree)))
+    alone = jax.tree.map(jnp.asarray, tree)
+    expected = jax.device_get(stepped(alone, started(alone)))
     for axes in AXES:
         with mesh_of(axes) as mesh:
-            got = stepped(laid_out(tree, mesh))
-            for params, state in got.values():
+            split = laid_out(tree, mesh)
+            states = started(split)
+            got = stepped(split, states)
+            for params, state in (*got.values(), *((split, state) for state in states.values())):
                 moments = state.inner_state[0].m, state.inner_state[0].v
                 for stored in (params, state.remainder, *moments):
                     assert_laid_out({name: getattr(x, "codes", x) for name, x in stored.items()}, mesh)
-            for name, x in got["int8"][1].inner_state[0].m.items():
-                rows = NamedSharding(mesh, PartitionSpec(*SPECS[name][:1]))
-                assert x.scale.sharding.is_equivalent_to(rows, 1), (axes, name, x.scale.sharding)
+            for state in (states["int8"], got["int8"][1]):
+                for name, x in state.inner_state[0].m.items():
+                    rows = NamedSharding(mesh, PartitionSpec(*SPECS[name][:1]))
+                    assert x.scale.sharding.is_equivalent_to(rows, 1), (axes, name, x.scale.sharding)
             chex.assert_trees_all_equal(jax.device_get(got), expected)
