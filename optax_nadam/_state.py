@@ -107,7 +107,8 @@ def in_form_of(like: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = Non
     Flax nnx keeps names but not containers: it returns a NamedTuple in a variable as a mapping, its fields sorted. Any
     other tree is returned unchanged.
     """
-    if jax.tree.structure(tree, is_leaf) == jax.tree.structure(like, is_leaf):
+    form: Any = jax.tree.structure(like, is_leaf)
+    if jax.tree.structure(tree, is_leaf) == form:
         return tree
     found, wanted = _by_name(tree, is_leaf), _by_name(like, is_leaf)
     renamed = found.keys() == wanted.keys() and any(found[name][0] != wanted[name][0] for name in wanted)

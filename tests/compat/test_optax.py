@@ -120,7 +120,7 @@ def test_params_with_the_names_of_fields_are_no_state():
     tx = compat.optax.nadam(LEARNING_RATE)
     state = compat.optax.load_state(tx.init({"w": jnp.ones(2)}), source, config=CONSTANT)
     assert state[0].count == 3
-    with pytest.raises(ValueError, match="source must hold one ScaleByAdamState.*holds 0"):
+    with pytest.raises(ValueError, match=r"source must hold one ScaleByAdamState.*holds 0"):
         compat.optax.load_state(tx.init({"w": jnp.ones(2)}), [plain], config=CONSTANT)
 
 
