@@ -30,8 +30,6 @@ LEGACY: dict[str, dict[str, Any]] = LEGACY_CASES | {
     "legacy, defaults": {},
     "legacy, momentum": {"lr": 0.01, "betas": (0.7, 0.95), "schedule_decay": 1.0, "eps": 1e-4},
 }
-# Caution and clipping look at the two parts of a complex parameter together in timm, and one by one here.
-ELEMENTWISE = [name for name, kwargs in CASES.items() if not kwargs.keys() & {"caution", "clipping_threshold"}]
 strict_optax = pytest.mark.lenient("optax.contrib.split_real_and_imaginary multiplies float32 by 1j")
 
 
@@ -111,7 +109,7 @@ def test_trajectories_of_nadamlegacy_in_double_precision(case):
 
 @strict_optax
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
-@pytest.mark.parametrize("case", ELEMENTWISE)
+@pytest.mark.parametrize("case", CASES)
 def test_trajectories_of_complex_parameters(case, foreach):
     kwargs = CASES[case]
     params, grads = complex_problem(3)

@@ -27,6 +27,30 @@ for layout in {layouts}:
     sys.argv = ["", "--layout", layout, "--steps", "{steps}", "--out", folder + "/" + layout + ".npz", *joined]
     sharded_training.main()
     joined = []
+
+{load}
+"""
+# A checkpoint that every process has whole, loaded into a state that is split over all of them.
+LOAD = """
+import jax, numpy as np, optax
+import optax_nadam
+from _shared import initial_params
+from optax_nadam import compat
+
+mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+weights = initial_params(0)
+params = sharded_training.place(weights, sharded_training.shardings(weights, mesh, split=True))
+config = optax_nadam.NadamConfig(learning_rate=0.1, rule="constant", m_dtype="int8", v_dtype="bfloat16")
+tx = optax_nadam.compensated(config.build(optax.cosine_decay_schedule(0.1, 100)), remainder_dtype="int16")
+narrow = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype("bfloat16"), tree))(params)
+fresh = jax.jit(tx.init)(narrow)
+source = optax.ScaleByAdamState(np.int32(7), weights, jax.tree.map(np.square, weights))
+loaded = compat.optax.load_state(fresh, source, config=config)
+for x, like in zip(jax.tree.leaves(loaded), jax.tree.leaves(fresh), strict=True):
+    assert (x.sharding, x.dtype) == (like.sharding, like.dtype)
+loaded = jax.jit(lambda state: jax.tree.map(lambda x: x + 0, state), donate_argnums=0)(loaded)
+state = optax_nadam.convert_moments(optax_nadam.get_state(loaded), m_dtype=None, v_dtype=None)
+sharded_training.save(folder + "/loaded" + str(jax.process_index()) + ".npz", sharded_training.gathered(state))
 """
 
 
@@ -36,7 +60,7 @@ def started(*arguments):
     path = os.pathsep.join([str(EXAMPLES), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     environment |= {"JAX_NUM_CPU_DEVICES": str(DEVICES // 2), "PYTHONPATH": path}
-    command = [sys.executable, "-c", PROGRAM.format(layouts=[*LAYOUTS], steps=STEPS), *map(str, arguments)]
+    command = [sys.executable, "-c", PROGRAM.format(layouts=[*LAYOUTS], steps=STEPS, load=LOAD), *map(str, arguments)]
     with subprocess.Popen(command, text=True, env=environment, stdout=PIPE, stderr=PIPE) as process:
         try:
             yield process
@@ -89,7 +113,7 @@ def assert_same_run(got, expected, case):
 def test_processes_and_devices_do_not_change_the_run(tmp_path, train_here):
     expected, report = train_here("replicated", devices=1)
     assert "replicated on 1 devices of 1 processes" in report
-    of_two = over_two_processes(tmp_path)
+    of_two = over_two_processes(tmp_path)  # and each of them loads a checkpoint
     for layout, (of_params, of_state) in LAYOUTS.items():
         of_layout = (
             rf"{layout} on 8 devices of {{}} processes\nloss: .*\n"
@@ -100,3 +124,12 @@ def test_processes_and_devices_do_not_change_the_run(tmp_path, train_here):
         assert_same_run(got, expected, f"{layout} on eight devices")
         assert re.search(of_layout.format(2), of_two)
         assert_same_run(dict(np.load(tmp_path / f"{layout}.npz")), expected, f"{layout} over two processes")
+
+    (tmp_path / "here").mkdir()
+    exec(LOAD, {"sharded_training": importlib.import_module("sharded_training"), "folder": str(tmp_path / "here")})
+    alone = dict(np.load(tmp_path / "here" / "loaded0.npz"))
+    assert alone[".count"] == 7
+    for process in (0, 1):
+        there = dict(np.load(tmp_path / f"loaded{process}.npz"))
+        assert there.keys() == alone.keys()
+        assert all(np.array_equal(there[name], alone[name]) for name in alone)
