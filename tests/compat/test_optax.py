@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import NamedTuple
 
 import chex
 import jax
@@ -122,6 +123,20 @@ def test_params_with_the_names_of_fields_are_no_state():
     assert state[0].count == 3
     with pytest.raises(ValueError, match=r"source must hold one ScaleByAdamState.*holds 0"):
         compat.optax.load_state(tx.init({"w": jnp.ones(2)}), [plain], config=CONSTANT)
+
+
+class Layer(NamedTuple):
+    """Its fields are not in alphabetical order."""
+
+    w: jax.Array
+    b: jax.Array
+
+
+def test_fields_are_matched_with_keys_by_name():
+    params, moments = Layer(jnp.ones(2), jnp.ones(2)), {"b": np.full(2, 0.5), "w": np.full(2, 0.25)}
+    tx = compat.optax.nadam(LEARNING_RATE)
+    state = compat.optax.load_state(tx.init(params), {"count": 1, "mu": moments, "nu": moments}, config=CONSTANT)
+    chex.assert_trees_all_equal(state[0].m, Layer(jnp.full(2, 0.25), jnp.full(2, 0.5)))
 
 
 def test_lists_in_place_of_tuples_are_matched_by_name_and_other_names_refused():

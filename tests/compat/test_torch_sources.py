@@ -76,6 +76,9 @@ def test_shapes_are_checked_by_name_whatever_the_order_of_weights():
     text = r"moments of 'bias' have shape \(4, 3\), but its weights \(3,\): names are not in the order"
     with pytest.raises(ValueError, match=text):
         load(UNNAMED, names=list(in_alphabetical_order), weights=in_alphabetical_order)
+    transposed = WEIGHTS | {"kernel": WEIGHTS["kernel"].T}
+    with pytest.raises(ValueError, match=r"moments of 'kernel' have shape \(4, 3\), but its weights \(3, 4\)"):
+        load(UNNAMED, names=NAMES, weights=transposed)
 
 
 @pytest.mark.parametrize("names", [["a.bias", "a.weight", "b.bias", "b.weight"], ["0.w", "1.w", "10.w", "2.w"]])

@@ -11,6 +11,7 @@ from jax import numpy as jnp
 
 from optax_nadam import NadamConfig
 from optax_nadam.compat import torch as ours
+from tests import reference
 from tests.parity.problem import SHAPES, STEPS, gap, problem, run
 from tests.parity.record_torch import GROUPS, TORCH_CASES, Theirs, in_groups, plain_groups
 
@@ -344,6 +345,28 @@ def test_torch_follows_the_constant_rule_and_optax_nadamw():
     for tx in (config.build(), optax.nadamw(0.01, weight_decay=0.1)):
         trajectory, _ = run(tx, params, grads)
         assert gap(theirs, trajectory, 1.0) < 1e-12
+
+
+@pytest.mark.lenient("optax.nadamw mixes dtypes")
+def test_in_float32_torch_rounds_the_constant_rule_more_than_optax_and_we_do():
+    """Each step rounds the params once more: torch multiplies them by 1 - lr * weight_decay before it adds."""
+    config = NadamConfig(rule="constant", learning_rate=1e-3, eps=1e-8, weight_decay=0.1)
+    params, grads = problem(13, steps=200)
+    formula = reference.Nadam(rule="constant", eps=1e-8)
+    exact = {}
+    for name, p in params.items():
+        updates, *_ = formula.updates(np.stack([g[name] for g in grads]).astype(np.float64))
+        steps, at = [], p.astype(np.float64)
+        for u in updates:
+            at = at - 1e-3 * (u + 0.1 * at)
+            steps.append(at)
+        exact[name] = np.stack(steps)
+    theirs = Theirs(params, nadam(**ours.config_to(config))).run(grads)
+    optaxs, _ = run(optax.nadamw(1e-3, weight_decay=0.1), params, grads)
+    trajectory, _ = run(config.build(), params, grads)
+    assert gap(trajectory, exact, 1.0) < 2e-6
+    assert gap(optaxs, exact, 1.0) < 2e-6
+    assert 4e-6 < gap(theirs, exact, 1.0) < 1e-5
 
 
 def test_a_model_of_two_dtypes_that_torch_resumed_is_loaded():
