@@ -1,11 +1,13 @@
-"""A regression of the kind that fits parton distributions, carried over from Keras 3 to JAX.
+"""A regression like the fit of a parton distribution, carried over from Keras 3 to JAX.
 
-The optimizer is keras.optimizers.Nadam with a clipnorm, which clips the gradient of each variable on its own; ours is
-built from its config, and optax.nadam is picked by its name, without a clip and with two. The picture shows how far each
-comes from Keras' weights, as a share of the way that those have gone; the weights are recorded, so Keras is not needed.
+keras.optimizers.Nadam trains it with a clipnorm, which clips the gradient of each variable by its own norm. The same is
+trained in JAX with the Nadam that its config makes here, and with optax.nadam: not clipped, and clipped in two ways. The
+picture shows how far each is from Keras' weights, relative to their own way from the start; they are recorded, so the
+example runs without Keras.
 """
 
 import argparse
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from matplotlib.figure import Figure
 from optax_nadam import compat
 
 RECORDING = Path(__file__).parent / "data" / "physics_fit.npz"
-STEPS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 50, 70, 100, 140, 200, 300, 400, 500)  # whose weights are recorded
+STEPS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 50, 70, 100, 140, 160, 180, 200, 300, 400, 500)  # whose weights are recorded
 UNITS = (2, 25, 20, 8)
 LEARNING_RATE, CLIPNORM = 2.621e-3, 6.073e-6
 ONE_BIT = "Keras, one weight changed in its last bit"
@@ -45,7 +47,7 @@ def flat(weights: Weights) -> np.ndarray:
 
 def shaped(vector: np.ndarray) -> Weights:
     """The weights of the layers in one vector."""
-    shapes = [shape for pair in zip(UNITS, UNITS[1:], strict=False) for shape in (pair, pair[1:])]
+    shapes = [shape for pair in itertools.pairwise(UNITS) for shape in (pair, pair[1:])]
     ends = np.cumsum([np.prod(shape) for shape in shapes])
     return [part.reshape(shape) for part, shape in zip(np.split(vector, ends[:-1]), shapes, strict=True)]
 
@@ -84,9 +86,14 @@ def record() -> None:
     one_bit[0] = np.nextafter(start[0], np.float32(np.inf))
     config, weights = train_in_keras(start, STEPS[-1])
     _, others = train_in_keras(one_bit, STEPS[-1])
-    stacked = {"weights": np.stack([*weights.values()]), "one_bit": np.stack([*others.values()])}
-    RECORDING.parent.mkdir(exist_ok=True)
-    np.savez_compressed(RECORDING, config=json.dumps(config), start=start, steps=STEPS, **stacked)
+    np.savez_compressed(
+        RECORDING,
+        config=json.dumps(config),
+        start=start,
+        steps=STEPS,
+        weights=np.stack([*weights.values()]),
+        one_bit=np.stack([*others.values()]),
+    )
 
 
 def optimizers(config: dict[str, Any]) -> Iterator[tuple[str, optax.GradientTransformation]]:
@@ -130,10 +137,11 @@ def draw(steps: np.ndarray, distances: dict[str, np.ndarray], path: Path) -> Non
     figure = Figure(figsize=(7, 4.6), layout="constrained")
     axes = figure.subplots()
     for (name, values), marker in zip(distances.items(), "osD^.", strict=True):
-        style = {"color": "0.5", "ls": "--", "zorder": 1} if name == ONE_BIT else {}
-        axes.plot(steps, values, marker=marker, ms=4, lw=1.5, label=name, **style)
-    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="distance from Keras' weights\n/ way from the start")
-    axes.set_title("A fit with per-variable clipping: Keras 3 and JAX", fontsize=11)
+        look: dict[str, Any] = {"color": "0.5", "ls": "--", "zorder": 3} if name == ONE_BIT else {}
+        axes.plot(steps, values, marker=marker, ms=4, lw=1.5, label=name, **look)
+    axes.set(xscale="log", yscale="log", xlabel="step", ylabel="relative distance from Keras' weights")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_title("A Keras 3 fit with per-variable clipping, repeated in JAX", fontsize=11)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
