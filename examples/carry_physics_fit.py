@@ -1,9 +1,9 @@
 """A regression like the fit of a parton distribution, carried over from Keras 3 to JAX.
 
-keras.optimizers.Nadam trains it with a clipnorm, which clips the gradient of each variable by its own norm. The same is
-trained in JAX with the Nadam that its config makes here, and with optax.nadam: not clipped, and clipped in two ways. The
-picture shows how far each is from Keras' weights, relative to their own way from the start; they are recorded, so the
-example runs without Keras.
+keras.optimizers.Nadam trains it with a clipnorm, which clips the gradient of each variable by its own norm; in JAX, the
+Nadam that its config makes here trains it, and so does optax.nadam, not clipped and clipped in two ways. The picture
+shows how far each is from Keras' weights, relative to their own way from the start. The weights are recorded, so that
+the example runs without Keras.
 """
 
 import argparse
