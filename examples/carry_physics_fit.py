@@ -25,7 +25,7 @@ from optax_nadam import compat
 
 RECORDING = Path(__file__).parent / "data" / "physics_fit.npz"
 STEPS = (1, 2, 3, 5, 7, 10, 14, 20, 30, 50, 70, 100, 140, 160, 180, 200, 300, 400, 500)  # whose weights are recorded
-UNITS = (2, 25, 20, 8)
+UNITS = (2, 25, 20, 8)  # network, learning rate and clipnorm are those of NNPDF's fits; the data are made up
 LEARNING_RATE, CLIPNORM = 2.621e-3, 6.073e-6
 ONE_BIT = "Keras, one weight changed in its last bit"
 
