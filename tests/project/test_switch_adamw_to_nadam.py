@@ -1,0 +1,51 @@
+"""The example that turns AdamW into Nadam in mid-run, in short: what continues goes on as AdamW would have."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+STEPS, EARLY = 30, 10
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    return importlib.import_module("switch_adamw_to_nadam")
+
+
+@pytest.mark.lenient("examples run with the promotion that users have")
+def test_nothing_jumps_at_the_switch(example, monkeypatch, capsys, tmp_path):
+    picture, states = tmp_path / "switch.png", {}
+    monkeypatch.setattr(sys, "argv", ["switch_adamw_to_nadam.py", "--steps", str(STEPS), "--seed", "1", "--out", str(picture)])
+    monkeypatch.setattr(example, "RULES", ("adam", "scheduled"))  # a third takes as long to compile
+    made = example.continuations
+    monkeypatch.setattr(example, "continuations", lambda *arguments: states.update(made(*arguments)) or dict(states))
+    after = example.main()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert all(f"\n{name} " in printed for name in after)
+    assert sorted(after) == sorted([example.ADAMW, *states])
+
+    adamw = after[example.ADAMW]
+    assert adamw.shape == (STEPS,)
+    # Optax forms 1 - b2^t in float32, off by up to 2^-24 / (1 - 0.95^40) of itself: nothing, beside a step.
+    np.testing.assert_allclose(after["adam, float32"], adamw, rtol=2e-5)
+    for rule in example.RULES:
+        wide, narrow = (after[f"{rule}, {form}"] for form in example.FORMATS)
+        np.testing.assert_allclose(wide[0], adamw[0], rtol=1e-6)  # the same weights, before the first step
+        assert np.abs(wide[:EARLY] / adamw[:EARLY] - 1).max() < 0.02
+        np.testing.assert_allclose(narrow, wide, rtol=5e-3)
+        assert np.any(narrow != wide)
+    for wrong in (example.ZERO, example.UNCOUNTED):
+        assert np.abs(after[wrong] / after["scheduled, float32"] - 1).max() > 0.005
+
+    _, state = states["scheduled, 8-bit"]
+    assert state[0].count == STEPS
+    assert state[0].m["mix"].codes.sharding == jax.sharding.NamedSharding(
+        state[0].m["mix"].codes.sharding.mesh, jax.sharding.PartitionSpec("data")
+    )
