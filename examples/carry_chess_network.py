@@ -187,15 +187,15 @@ def relative(losses: list[float], others: list[float]) -> list[float]:
 
 def draw(before: list[float], losses: dict[str, list[float]], path: Path) -> None:
     """Draws the losses, and below them how far those of the continuations are from Optax's."""
-    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    figure = Figure(figsize=(7, 5.2), layout="constrained")
     upper, lower = figure.subplots(2, height_ratios=[3, 2])
     now, shown = len(before), before[-CONTINUED:]
-    upper.plot(range(now - len(shown), now), shown, color="0.6", label="Optax, before")
+    upper.plot(np.arange(now - len(shown), now), shown, color="0.6", label="Optax, before")
     styles: dict[str, dict[str, Any]] = {
         "optax": {"color": "C0", "lw": 7, "alpha": 0.3, "label": "Optax, continued"},
         "float32": {"color": "C0", "lw": 2, "label": "optax_nadam, float32"},
         "int8": {"color": "C1", "lw": 2, "ls": (0, (2, 2)), "label": "optax_nadam, 8-bit moments"},
-        "fresh": {"color": "C3", "lw": 1, "label": "fresh state, its schedule too"},
+        "fresh": {"color": "C3", "lw": 1, "label": "fresh state, schedule starts again"},
     }
     steps = np.arange(now, now + CONTINUED)
     for name, style in styles.items():
@@ -203,12 +203,12 @@ def draw(before: list[float], losses: dict[str, list[float]], path: Path) -> Non
         if name != "optax":
             lower.plot(steps, np.maximum(relative(losses[name], losses["optax"]), ROUNDING), **style)
     lower.axhline(ROUNDING, color="0.6", lw=0.8, ls=":")
-    lower.text(now - 2, ROUNDING, "rounding of float32", ha="right", va="center", color="0.4", fontsize=9)
+    lower.text(now - 2, ROUNDING, "rounding of float32", ha="right", va="bottom", color="0.4", fontsize=9)
     upper.set(yscale="log", ylabel="training loss", title="A chess network: one run, carried over in the middle")
-    upper.legend(frameon=False, fontsize=9)
+    upper.legend(frameon=False, fontsize=9, loc="lower left")
     lower.set(yscale="log", xlabel="step", ylabel="relative difference\nfrom Optax's loss", xlim=upper.get_xlim())
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     print(f"   picture in {path}")
 
 

@@ -31,11 +31,10 @@ def test_an_optax_run_continues_in_float32_and_in_8_bits(start, capsys, tmp_path
     # Weights are below 2 and are rounded once in a step, here and there; gradients at weights that differ double it.
     bound = 8 * 2 * (2 * 2**-24 / 5e-4) * 2
     assert found["float32"] < bound
-    # Rounding in 8 bits is unbiased, yet moves small moments by as much as they are; steps are at most 1.7 lr long.
-    assert bound < found["int8"] < 8 * 1.7
-    assert found["fresh"] > 8
-    assert found["loss of float32"] < 1e-4
-    assert found["loss of int8"] < 0.05 < 0.2 < found["loss of fresh"]
+    # 8 bits leave a weight whose moments are small in their row off by up to about a learning rate in each step.
+    assert bound < found["int8"] < 8 < found["fresh"]
+    assert found["loss of float32"] < 1e-5  # a schedule that drops one step later shows at 1e-3
+    assert found["loss of int8"] < 0.01 < 0.1 < found["loss of fresh"]
     assert found["rate"] == pytest.approx(1e-4, rel=1e-5)
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
