@@ -208,7 +208,7 @@ def draw(before: list[float], losses: dict[str, list[float]], path: Path) -> Non
     upper.legend(frameon=False, fontsize=9, loc="lower left")
     lower.set(yscale="log", xlabel="step", ylabel="relative difference\nfrom Optax's loss", xlim=upper.get_xlim())
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=110)
     print(f"   picture in {path}")
 
 
