@@ -31,7 +31,7 @@ LINEAR = {"embedding": 0, "hidden": 2, "policy": 3, "value": 4}  # layers of the
 COMPARED, CONTINUED = 8, 50  # steps in which weights, and losses, are compared
 CLIP = optax_nadam.clip_by_global_norm(10.0)
 NADAMW: dict[str, Any] = {"b1": 0.9, "b2": 0.98, "eps": 1e-7, "weight_decay": 1e-4}
-ROUNDING = 2.0**-24
+ROUNDING = 2.0**-24  # of float32
 RATES = (1e-3, 5e-4, 1e-4)  # in the first half, then, and after half of the steps that are compared
 
 

@@ -12,7 +12,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def test_the_run_goes_from_tf_keras_to_jax_and_from_jax_to_torch(tmp_path):
-    program = [sys.executable, EXAMPLES / "carry_chess_network.py", "--parts", "a", "c", "--steps", "20", "--seed", "3"]
+    arguments = ["--parts", "a", "c", "--steps", "20", "--seed", "3"]
+    program = [sys.executable, str(EXAMPLES / "carry_chess_network.py"), *arguments]
     done = subprocess.run(program, capture_output=True, text=True, timeout=600, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     carried = [float(x) for x in re.findall(r"carried (.*?) lr", done.stdout)]
