@@ -4,6 +4,7 @@
     python run.py example
     python run.py parity      beside Keras, TensorFlow, PyTorch and timm
     python run.py aot         compiled ahead of time for TPU and GPU; needs neither
+    python run.py benchmarks  each in seconds, nothing written
     python run.py docs        the site, into site/
     python run.py release     builds wheel and sdist, installs them elsewhere and tries what they install
     python run.py long        what takes minutes: a million steps, thousands of random trees, the largest leaves
@@ -24,11 +25,14 @@ PYTEST = ["-m", "pytest", "--fail-on-skip"]
 SHARED = ["-n", "2", "--dist", "worksteal"]  # over two processes; "-n 0" passed on takes that back
 TIMM = ["-m", "pip", "install", "-q", "--no-deps", "timm==1.0.31"]  # it asks for torchvision; its optimizers do not
 ELSEWHERE = [*PYTEST, "-o", "addopts=--strict-markers --strict-config --import-mode=importlib -ra"]
+QUICK = ["-m", "benchmarks", "--quick"]
+COMPILED = ["ahead_of_time", "byte_kernel", "clipping", "memory_formats"]  # what the compilers for TPU and GPU change
 TASKS: dict[str, tuple[str, list[list[str]]]] = {
     "tests": ("test", [[*PYTEST, *SHARED]]),
     "example": ("examples", [["examples/train_digits.py"]]),
     "parity": ("parity", [TIMM, [*ELSEWHERE, *SHARED, "tests/parity"]]),
-    "aot": ("aot", [[*ELSEWHERE, *SHARED, "tests/ahead_of_time"]]),
+    "aot": ("aot", [[*QUICK, *COMPILED], [*ELSEWHERE, *SHARED, "tests/ahead_of_time"]]),
+    "benchmarks": ("test", [QUICK]),
     "release": ("release", [[*ELSEWHERE, "tests/release"]]),
     "long": ("test", [[*PYTEST, "-m", "long or property", "--hypothesis-profile=long"]]),
     "docs": ("docs", [["-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-d", "build/doctrees", "docs", "site"]]),

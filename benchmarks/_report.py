@@ -1,5 +1,6 @@
-"""What the benchmarks share: interleaved timing, the machine, and results written as JSON and as tables."""
+"""What the benchmarks share: arguments, interleaved timing, results written as JSON and as tables."""
 
+import argparse
 import datetime
 import importlib.metadata
 import json
@@ -8,7 +9,7 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,18 @@ import jax
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("optax_nadam", "jax", "jaxlib", "optax", "numpy")
+
+
+def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
+    """The arguments that every script takes; ``quick`` says what is done in seconds."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--quick", action="store_true", help=f"{quick}; writes nothing")
+    return arguments
+
+
+def is_quick(description: str | None, quick: str, arguments: Sequence[str] | None) -> bool:
+    """Whether a script with no other arguments shall only show that it works."""
+    return bool(parser(description, quick).parse_args(arguments).quick)
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -57,8 +70,9 @@ def save(
     backend: str | None = None,
     hardware: str | None = None,
     packages: tuple[str, ...] = (),
+    quick: bool = False,
 ) -> None:
-    """Writes a result with its machine, versions and date, prints it, and rewrites the tables.
+    """Writes a result with its machine, versions and date, prints it, and rewrites the tables; quick, only prints it.
 
     A result that is not about this machine names its own backend, hardware and further packages.
     """
@@ -72,11 +86,12 @@ def save(
         "rows": rows,
         "note": note,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{backend or jax.default_backend()}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
-    write_tables()
+    print(table(result), flush=True)
+    if not quick:
+        RESULTS.mkdir(exist_ok=True)
+        path = RESULTS / f"{name}-{backend or jax.default_backend()}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        write_tables()
 
 
 def machine() -> str:

@@ -3,10 +3,11 @@
 import collections
 import functools
 import importlib.util
+import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 import optax_nadam
-from benchmarks._report import save
+from benchmarks._report import is_quick, save
 from benchmarks.step_time import gpt2_small
 from benchmarks.tracing import whole_step
 from tests.reference import RULES
@@ -136,6 +137,12 @@ def mesh_of(target: str, chips: int) -> Mesh:
 def installed() -> bool:
     """Whether the compilers for all targets are installed, as with the extra ``aot``; a machine with chips has one."""
     return all(importlib.util.find_spec(target.package.replace("-", "_")) for target in TARGETS.values())
+
+
+def check_installed() -> None:
+    """Ends a script that can do nothing without the compilers."""
+    if not installed():
+        raise SystemExit('Left out: needs the compilers for TPU and GPU, pip install -e ".[aot]".')
 
 
 def laid_out(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
@@ -282,15 +289,20 @@ def rows(target: str) -> Iterator[list[Any]]:
             yield row(f"{name}, {what} gathered", "8192 x 8192, ZeRO-1", compiled, LARGE, several, replicated=True)
 
 
-def save_compiled(name: str, question: str, columns: list[str], rows: list[list[Any]], note: str, target: str) -> None:
+def save_compiled(
+    name: str, question: str, columns: list[str], rows: list[list[Any]], note: str, target: str, *, quick: bool = False
+) -> None:
     """Writes a result about compiled programs, which is not about this machine."""
     chips = TARGETS[target]
     packages = (chips.package,)
-    save(name, question, columns, rows, note, backend=f"for-{target}", hardware=chips.hardware, packages=packages)
+    backend, hardware = f"for-{target}", chips.hardware
+    save(name, question, columns, rows, note, backend=backend, hardware=hardware, packages=packages, quick=quick)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles and reads, and runs nothing."""
+    quick = is_quick(__doc__, "one optimizer on one chip", arguments)
+    check_installed()
     for target in TARGETS:
         save_compiled(
             "ahead_of_time",
@@ -308,9 +320,10 @@ def main() -> None:
                 "results, MB",
                 "in place",
             ],
-            list(rows(target)),
+            list(itertools.islice(rows(target), 1 if quick else None)),
             NOTES[target],
             target,
+            quick=quick,
         )
 
 

@@ -4,7 +4,9 @@ The kernel is the library's own leaf update on a block of rows. It reads and wri
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +17,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import optax_nadam
-from benchmarks.ahead_of_time import LARGE, collectives, compiled_step, mesh_of, save_compiled, traffic
+from benchmarks._report import is_quick
+from benchmarks.ahead_of_time import (
+    LARGE,
+    check_installed,
+    collectives,
+    compiled_step,
+    mesh_of,
+    save_compiled,
+    traffic,
+)
 from optax_nadam._moments import average
 from optax_nadam._nadam import direction
 from optax_nadam._quantized import Quantized
@@ -146,15 +157,18 @@ def on_many(tx: Any, dtype: Any) -> str:
     return f"{sum(collectives(compiled).values())} collectives"
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles and reads, and runs nothing."""
+    quick = is_quick(__doc__, "one way of two", arguments)
+    check_installed()
     save_compiled(
         "byte_kernel",
         "Would a custom kernel be better for 8-bit moments?",
         ["update of a leaf by", "weights and gradients", "traffic a parameter", "temporaries", "on 16 chips"],
-        rows(),
+        list(itertools.islice(rows(), 1 if quick else None)),
         NOTE,
         "tpu",
+        quick=quick,
     )
 
 

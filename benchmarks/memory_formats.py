@@ -1,6 +1,6 @@
 """How much memory, traffic and time do the formats of moments and weights take?"""
 
-import argparse
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 import optax_nadam
 from benchmarks import ahead_of_time as aot
-from benchmarks._report import interleaved, median_and_spread, milliseconds, save
+from benchmarks._report import interleaved, is_quick, median_and_spread, milliseconds, save
 from benchmarks.step_time import gpt2_small
 from benchmarks.tracing import whole_step
 
@@ -121,26 +121,22 @@ def compiled_for(target: str) -> Iterator[list[Any]]:
         ]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles for TPU and GPU where the extra ``aot`` is installed, and measures this machine elsewhere."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small leaves, few steps; saves nothing")
-    quick = parser.parse_args().quick
+    quick = is_quick(__doc__, "small leaves, few steps", arguments)
     if aot.installed():
         for target in aot.TARGETS:
             aot.save_compiled(
                 "memory_formats",
                 f"How much do the formats of moments and weights take on a {target.upper()}?",
                 [*COLUMNS, "state, bytes a parameter", "temporaries", "traffic a parameter", "fusions"],
-                list(compiled_for(target)),
+                list(itertools.islice(compiled_for(target), 1 if quick else None)),
                 COMPILED_NOTE,
                 target,
+                quick=quick,
             )
         return
     rows = list(measured([(64, 64), (2048,)] if quick else gpt2_small(), repeats=3 if quick else 11))
-    if quick:
-        print(*rows, sep="\n")
-        return
     save(
         "memory_formats",
         "How much do the formats of moments and weights take?",
@@ -154,6 +150,7 @@ def main() -> None:
         ],
         rows,
         NOTE,
+        quick=quick,
     )
 
 

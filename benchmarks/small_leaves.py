@@ -1,7 +1,7 @@
 """What is the fastest way to step very many small leaves?"""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 import optax_nadam
-from benchmarks._report import interleaved, median_and_spread, milliseconds, save
+from benchmarks._report import interleaved, is_quick, median_and_spread, milliseconds, save
 from benchmarks.tracing import whole_step
 
 TX = optax_nadam.nadamw(1e-3)
@@ -167,8 +167,9 @@ def rows(number: int, repeats: int) -> Iterator[list[Any]]:
         ]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures 1000 leaves of 64 floats."""
+    quick = is_quick(__doc__, "ten leaves, few steps", arguments)
     save(
         "small_leaves",
         "What is the fastest way to step 1000 leaves of 64 floats?",
@@ -181,8 +182,9 @@ def main() -> None:
             "temporaries a parameter, bytes",
             "start to compiled, s",
         ],
-        list(rows(1000, repeats=25)),
+        list(rows(10, repeats=3) if quick else rows(1000, repeats=25)),
         NOTE,
+        quick=quick,
     )
 
 

@@ -6,7 +6,6 @@
 What is not installed is left out, and the result says so. On a GPU, jax and torch share the device.
 """
 
-import argparse
 import functools
 import gc
 import importlib.metadata
@@ -23,7 +22,7 @@ import optax
 
 import optax_nadam
 from benchmarks import _rivals
-from benchmarks._report import interleaved, milliseconds, save
+from benchmarks._report import interleaved, is_quick, milliseconds, save
 from benchmarks._rivals import EPS, LEARNING_RATE, Problem, Rival, Run
 from tests.reference import RULES
 
@@ -277,9 +276,7 @@ def distributions(rivals: Iterable[Rival]) -> tuple[str, ...]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures one set of leaves after the other, and writes the results so far after each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes, few repeats, no result written")
-    quick = parser.parse_args(arguments).quick
+    quick = is_quick(__doc__, "small shapes, few repeats", arguments)
     os.environ.update(_rivals.ENVIRONMENT)
     gpu = jax.default_backend() == "gpu"
     table: list[list[Any]] = []

@@ -1,7 +1,9 @@
 """What do tracing, compiling and calling a step cost, and how does that grow with the number of leaves?"""
 
+import itertools
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import optax
 from jax import numpy as jnp
 
 import optax_nadam
-from benchmarks._report import interleaved, milliseconds, save
+from benchmarks._report import interleaved, is_quick, milliseconds, save
 
 Step = Callable[..., Any]
 Calls = dict[str, Callable[[], None]]  # by what is measured
@@ -65,29 +67,29 @@ def steps(what: str) -> list[tuple[Any, Step]]:
     return [(tx, whole_step(tx, apply=what == WHOLE)) for tx in PAIRS[what]]
 
 
-def stages(step: Step, arguments: tuple[Any, ...]) -> Calls:
-    """The stages of a first call, each of which continues from the result of the one before."""
-    made: dict[str, Any] = {}
+def first_call(step: Step, arguments: tuple[Any, ...]) -> list[float]:
+    """Seconds of each stage of a first call, each of which continues from the result of the one before."""
+    jax.clear_caches()
+    clock = [time.perf_counter()]
 
-    def trace() -> None:
-        jax.clear_caches()
-        made["traced"] = jax.jit(step).trace(*arguments)
+    def timed(result: Any) -> Any:
+        clock.append(time.perf_counter())
+        return result
 
-    def lower() -> None:
-        made["lowered"] = made["traced"].lower()
-
-    def compile_() -> None:
-        made["compiled"] = made["lowered"].compile()
-
-    def run() -> None:
-        jax.block_until_ready(made["compiled"](*arguments))
-
-    return dict(zip(STAGES, (trace, lower, compile_, run), strict=True))
+    traced = timed(jax.jit(step).trace(*arguments))
+    compiled = timed(timed(traced.lower()).compile())
+    timed(jax.block_until_ready(compiled(*arguments)))
+    return [end - start for start, end in itertools.pairwise(clock)]
 
 
 def tracing(step: Step, arguments: tuple[Any, ...]) -> Calls:
     """The first stage alone."""
-    return {"trace": stages(step, arguments)["trace"]}
+
+    def trace() -> None:
+        jax.clear_caches()
+        jax.jit(step).trace(*arguments)
+
+    return {"trace": trace}
 
 
 def eager(step: Step, arguments: tuple[Any, ...]) -> Calls:
@@ -106,9 +108,18 @@ def timed(what: str, number: int, make_calls: Callable[..., Calls], repeats: int
 
 def starting(number: int, repeats: int) -> dict[str, Times]:
     """Seconds of the later stages of the whole step's first call, and of all stages together."""
-    parts = timed(WHOLE, number, stages, repeats)
-    first = {whose: [sum(x) for x in zip(*(parts[stage][whose] for stage in STAGES), strict=True)] for whose in WHOSE}
-    return {"lower": parts["lower"], "compile": parts["compile"], "first call": first}
+    params, taken = leaves(number), {whose: [] for whose in WHOSE}  # type: dict[str, jax.Array], dict[str, list[Any]]
+    pair = [(step, (params, tx.init(params), params)) for tx, step in steps(WHOLE)]
+
+    def turn(whose: str, step: Step, arguments: tuple[Any, ...]) -> Callable[[], None]:
+        return lambda: taken[whose].append(first_call(step, arguments))
+
+    turns = {whose: turn(whose, *one) for whose, one in zip(WHOSE, pair, strict=True)}
+    interleaved(turns, repeats, warmup=min(repeats - 1, 2))
+    of_stage = {whose: dict(zip(STAGES, zip(*taken[whose][-repeats:], strict=True), strict=True)) for whose in WHOSE}
+    first = {whose: [sum(stages) for stages in taken[whose][-repeats:]] for whose in WHOSE}
+    later = {stage: {whose: list(of_stage[whose][stage]) for whose in WHOSE} for stage in ("lower", "compile")}
+    return later | {"first call": first}
 
 
 def results(repeats: dict[int, tuple[int, int]]) -> Results:
@@ -117,7 +128,7 @@ def results(repeats: dict[int, tuple[int, int]]) -> Results:
     for what in PAIRS:
         ends = what in (SCALE_BY, WHOLE)
         for number, (many, few) in repeats.items():
-            if ends or number in (148, 1000):
+            if ends or number in (20, 148, 1000):
                 found = timed(what, number, tracing, many) | timed(what, number, eager, many)
                 for measure, times in (found | (starting(number, few) if what == WHOLE else {})).items():
                     everything.setdefault((what, measure), {})[number] = times
@@ -131,7 +142,7 @@ def medians(sizes: dict[int, Times], whose: str) -> dict[int, float]:
 
 def growth(times: dict[int, float]) -> float:
     """The power of the number of leaves that times grow with, from 148 leaves on."""
-    numbers = [number for number in times if number >= 148]
+    numbers = [number for number in times if number >= 148] or list(times)
     return float(np.polyfit(np.log(numbers), np.log([times[number] for number in numbers]), 1)[0])
 
 
@@ -216,17 +227,21 @@ def parts(everything: Results, what: str, measure: str, number: int) -> str:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Measures 10 to 3000 leaves, which takes some ten minutes, most of it compilation."""
-    everything = results(REPEATS)
+    quick = is_quick(__doc__, "ten to thirty leaves, once", arguments)
+    sizes = {10: (2, 1), 20: (2, 1), 30: (2, 1)} if quick else REPEATS
+    everything = results(sizes)
     save(
         "tracing",
         "What do tracing, compiling and calling a step cost?",
         ["chain", "measured", "leaves", "repeats", "ours", "optax", "ratio"],
-        [*rows_of_counts((10, 148, 1000)), *rows_of_times(everything)],
+        [*rows_of_counts((10,) if quick else (10, 148, 1000)), *rows_of_times(everything)],
         NOTE.format(
-            trace=parts(everything, WHOLE, "trace", 1000), eager=parts(everything, UPDATE, "call outside jit", 148)
+            trace=parts(everything, WHOLE, "trace", 30 if quick else 1000),
+            eager=parts(everything, UPDATE, "call outside jit", 20 if quick else 148),
         ),
+        quick=quick,
     )
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
+import re
 from pydoc_data.topics import topics
 
 import chex
@@ -12,7 +14,8 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import _report, _rivals, byte_kernel, convergence, memory_formats, precision, step_time
+from benchmarks import __main__ as benchmarks_main
+from benchmarks import _report, _rivals, byte_kernel, convergence, memory_formats, precision, step_time, tracing
 from benchmarks._rivals import Problem, Rival, Run
 from benchmarks.convergence import ADAM, DEFAULT, SGD, Runs, Study
 from benchmarks.step_time import FLAT, FOREACH, FUSED, GPT2, LOOPED, OPTAX, OURS, RESNET, SMALL, Outcome
@@ -321,6 +324,56 @@ def test_turns_are_taken_and_the_warm_up_is_not_counted():
     assert {"".join(sorted(turns)) for turns in rounds} == {"abc"}
     assert len(set(rounds)) > 3  # nobody always comes after the same one
     assert {name: len(x) for name, x in seconds.items()} == {"a": 8, "b": 8, "c": 8}
+
+
+@pytest.mark.parametrize("name", benchmarks_main.SCRIPTS)
+def test_every_script_has_a_quick_form_that_writes_nothing(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(f"benchmarks.{name}").main(["--help"])
+    assert stopped.value.code == 0
+    assert re.search(r"--quick\s+\S.*writes\s+nothing", capsys.readouterr().out, re.DOTALL)
+
+
+def test_all_scripts_are_run_and_what_one_lacks_is_said(monkeypatch, capsys):
+    asked = []
+
+    class Script:
+        def __init__(self, name):
+            self.name = name
+
+        def main(self, arguments):
+            asked.append((self.name, arguments))
+            if self.name == "benchmarks.clipping":
+                raise SystemExit("Left out: a reason")
+
+    monkeypatch.setattr(importlib, "import_module", Script)
+    benchmarks_main.main(["--quick"])
+    assert asked == [(f"benchmarks.{name}", ["--quick"]) for name in benchmarks_main.SCRIPTS]
+    assert "# clipping\nLeft out: a reason\n" in capsys.readouterr().out
+    benchmarks_main.main(["precision"])
+    assert asked[-1] == ("benchmarks.precision", [])
+    with pytest.raises(SystemExit):
+        benchmarks_main.main(["no_such"])
+    assert "no such script: no_such" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_quick_result_is_printed_and_not_written(quick, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(_report, "__file__", str(tmp_path / "_report.py"))
+    monkeypatch.setattr(_report, "RESULTS", tmp_path / "results")
+    _report.save("a_name", "A question?", ["column"], [["a cell"]], quick=quick)
+    assert "| a cell |" in capsys.readouterr().out
+    assert (tmp_path / "results" / "a_name-cpu.json").exists() == (not quick)
+    assert (tmp_path / "README.md").exists() == (not quick)
+
+
+def test_the_stages_of_a_first_call_add_up():
+    found = tracing.starting(2, repeats=2)
+    assert set(found) == {"lower", "compile", "first call"}
+    for whose in tracing.WHOSE:
+        lower, compiled, first = (np.array(found[stage][whose]) for stage in ("lower", "compile", "first call"))
+        assert len(first) == 2
+        assert np.all((lower > 0) & (compiled > 0) & (lower + compiled < first))
 
 
 def test_median_and_quartiles_in_milliseconds():

@@ -21,7 +21,9 @@ def example(monkeypatch):
 @pytest.mark.lenient("examples run with the promotion that users have")
 def test_nothing_jumps_at_the_switch(example, monkeypatch, capsys, tmp_path):
     picture, states = tmp_path / "switch.png", {}
-    monkeypatch.setattr(sys, "argv", ["switch_adamw_to_nadam.py", "--steps", str(STEPS), "--seed", "1", "--out", str(picture)])
+    monkeypatch.setattr(
+        sys, "argv", ["switch_adamw_to_nadam.py", "--steps", str(STEPS), "--seed", "1", "--out", str(picture)]
+    )
     monkeypatch.setattr(example, "RULES", ("adam", "scheduled"))  # a third takes as long to compile
     made = example.continuations
     monkeypatch.setattr(example, "continuations", lambda *arguments: states.update(made(*arguments)) or dict(states))
