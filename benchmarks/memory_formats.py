@@ -42,6 +42,11 @@ FORMATS = [
         jnp.bfloat16,
         optax_nadam.compensated(optax_nadam.nadamw(1e-3, **INT8), remainder_dtype="int16"),
     ),
+    Format(
+        "int8, weights stochastically rounded",
+        jnp.bfloat16,
+        optax_nadam.compensated(optax_nadam.nadamw(1e-3, **INT8), remainder_dtype=None),
+    ),
     Format("optax.nadamw", jnp.float32, optax.nadamw(1e-3)),
     Format("optax.nadamw, mu_dtype=bfloat16", jnp.float32, optax.nadamw(1e-3, mu_dtype=jnp.bfloat16)),
     Format("optax.nadamw", jnp.bfloat16, optax.nadamw(1e-3)),

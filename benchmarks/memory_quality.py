@@ -93,7 +93,7 @@ def nadam(m_dtype: DTypeLike | None = None, v_dtype: DTypeLike | None = None) ->
     return lambda schedule: optax_nadam.nadam(schedule, eps=1e-8, rule="constant", m_dtype=m_dtype, v_dtype=v_dtype)
 
 
-def compensated(inner: Maker, remainder_dtype: DTypeLike) -> Maker:
+def compensated(inner: Maker, remainder_dtype: DTypeLike | None) -> Maker:
     """The optimizer with what rounding drops stored beside the weights."""
     return lambda schedule: optax_nadam.compensated(inner(schedule), remainder_dtype=remainder_dtype)
 
@@ -136,6 +136,7 @@ OFFERED = [
     Format("8-bit moments", BYTES),
     Format("8-bit moments, compensated bfloat16 weights, int8", compensated(BYTES, jnp.int8), jnp.bfloat16),
     Format("8-bit moments, compensated bfloat16 weights, int16", compensated(BYTES, jnp.int16), jnp.bfloat16),
+    Format("8-bit moments, stochastically rounded bfloat16 weights", compensated(BYTES, None), jnp.bfloat16),
 ]
 FORMATS = [
     FLOAT32,
@@ -321,14 +322,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tune", action="store_true", help="float32 over a grid of learning rates; writes nothing")
     parser.add_argument("--seeds", type=int, help=f"other than {SEEDS}; writes nothing")
     parser.add_argument("--steps", type=int, help="other than the tasks'; writes nothing")
+    parser.add_argument("--only", help="float32 and the formats with this in their name; writes nothing")
     options = parser.parse_args(arguments)
     seeds = options.seeds or (2 if options.quick else SEEDS)
     steps = options.steps or (20 if options.quick else None)
-    short = options.seeds or steps
+    short = options.seeds or steps or options.only
     table: list[list[Any]] = []
     notes: list[str] = []
     results: dict[str, dict[str, Runs]] = {}
     formats = [FLOAT32, *OFFERED[:1]] if options.quick else FORMATS
+    if options.only:
+        formats = [FLOAT32, *(form for form in FORMATS[1:] if options.only in form.name)]
     for make in TASKS[-1:] if options.quick else TASKS:
         task = make()
         task = task._replace(steps=steps or task.steps)

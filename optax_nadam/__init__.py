@@ -1,6 +1,6 @@
 """Nadam for JAX and Optax: every framework's variant, from one exact update."""
 
-from optax_nadam._compensated import CompensatedState, compensated, master_params
+from optax_nadam._compensated import CompensatedState, compensated, master_params, set_master_params
 from optax_nadam._config import NadamConfig, set_count
 from optax_nadam._nadam import nadam, nadamw, scale_by_nadam
 from optax_nadam._quantized import Quantized
@@ -31,4 +31,5 @@ __all__ = [
     "nadamw",
     "scale_by_nadam",
     "set_count",
+    "set_master_params",
 ]

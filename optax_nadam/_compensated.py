@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import dtype_of, zeros_like
 from optax_nadam._rounding import RandomBits
-from optax_nadam._state import the_node
+from optax_nadam._state import map_nodes, placed_like, the_node
 
 _FLOAT16 = (
     "{leaf} has dtype float16; compensated stores what rounding to bfloat16 drops. Cast it to bfloat16 or float32."
@@ -25,6 +25,10 @@ _MISFIT = (
     "{leaf} is {got}, but this state of compensated was made for a leaf that is {expected}. Pass the params that"
     " belong to the state, or call init again."
 )
+_MASTER = (
+    "{leaf} is {got}, but this state of compensated was made for a leaf of shape {shape}, and takes weights of float32."
+    " Pass the tree that init was called on, in float32."
+)
 
 
 @functools.partial(export.register_namedtuple_serialization, serialized_name="optax_nadam.CompensatedState")
@@ -34,8 +38,8 @@ class CompensatedState(NamedTuple):
     Attributes:
       count: updates so far, int32, shape ``()``.
       remainder: a tree like the params: for each bfloat16 leaf an int8 or int16 array of its shape, the difference
-        between the trained weights and the params, in units of the last bit stored; ``optax.MaskedNode`` for other
-        leaves.
+        between the trained weights and the params, in units of the last bit stored, or None where nothing is stored;
+        ``optax.MaskedNode`` for other leaves.
       inner_state: the state of the inner optimizer, which sees float32 weights.
     """
 
@@ -45,7 +49,7 @@ class CompensatedState(NamedTuple):
 
 
 def compensated(
-    inner: optax.GradientTransformation, *, remainder_dtype: DTypeLike = jnp.int8
+    inner: optax.GradientTransformation, *, remainder_dtype: DTypeLike | None = jnp.int8
 ) -> optax.GradientTransformationExtraArgs:
     r"""Trains bfloat16 weights as if they were wider, and stores beside them what rounding drops.
 
@@ -60,7 +64,9 @@ def compensated(
 
     With int16 no bit of float32 is lost: :math:`\theta` follows a float32 run with the same gradients bit for bit, and
     the params are those weights rounded to the nearest, ties away from zero. With int8, params and remainder hold
-    24 bits together, the last of them stochastically rounded, unbiased, so that smaller updates count too.
+    24 bits together, the last of them stochastically rounded, unbiased, so that smaller updates count too. With None,
+    the bfloat16 weights themselves are stochastically rounded, unbiased, and no byte is stored: an update far below the
+    last bit of a weight then counts in the mean over many steps only, and each step adds noise of up to that bit.
 
     The update returned is float32, and ``optax.apply_updates`` makes the right bfloat16 weights of it. It must be
     applied unchanged: wrap a whole optimizer, learning rate included; clipping, masks and ``optax.MultiSteps`` may be
@@ -71,7 +77,7 @@ def compensated(
 
     Args:
       inner: any Optax optimizer.
-      remainder_dtype: int8, one byte a weight, or int16, two.
+      remainder_dtype: int8, one byte a weight, int16, two, or None, no byte.
 
     Returns:
       A gradient transformation whose state is a :class:`CompensatedState` and whose ``update`` needs ``params``. Extra
@@ -102,7 +108,7 @@ def compensated(
 
     def init(params: optax.Params) -> CompensatedState:
         _check_not_float16("params", params)
-        remainder = jax.tree.map(lambda p: zeros_like(p, dtype) if _is_bfloat16(p) else optax.MaskedNode(), params)
+        remainder = jax.tree.map(lambda p: _zero_remainder(p, dtype) if _is_bfloat16(p) else optax.MaskedNode(), params)
         return CompensatedState(jnp.zeros((), jnp.int32), remainder, inner.init(_wide(params)))
 
     def update(
@@ -153,13 +159,53 @@ def master_params(opt_state: Any, params: optax.Params) -> optax.Params:
     return jax.tree.map(_master, params, remainder)
 
 
-def _parse_remainder_dtype(name: str, value: DTypeLike) -> jnp.dtype:
+def set_master_params(opt_state: Any, weights: optax.Params) -> tuple[optax.Params, Any]:
+    r"""Params and state of :func:`compensated` that stand for given weights: the inverse of :func:`master_params`.
+
+    A checkpoint in float32 continues so in bfloat16: ``params.astype(bfloat16)`` alone would drop up to
+    :math:`2^{-8}` of each weight. With a remainder of int16 nothing is lost, with int8 at most :math:`2^{-16}` of a
+    weight, with None what bfloat16 drops; all are rounded to the nearest, ties away from zero.
+
+    Args:
+      opt_state: an optimizer state with one :class:`CompensatedState` in it, at any depth, as ``init`` makes it of the
+        params in bfloat16; it is not changed.
+      weights: a tree like the params, float32 where these are bfloat16. Under jit or not, sharded or not.
+
+    Returns:
+      The params, bfloat16 where the state has a remainder, and a new optimizer state.
+
+    Raises:
+      ValueError: there is no such state, or more than one, or the weights do not fit it.
+
+    Examples:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_nadam
+      >>> weights = {"w": jnp.array([0.1, 0.2]), "b": jnp.zeros(2)}
+      >>> tx = optax_nadam.compensated(optax.sgd(1e-3), remainder_dtype="int16")
+      >>> state = tx.init(jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights))
+      >>> params, state = optax_nadam.set_master_params(state, weights)
+      >>> params["w"].dtype.name, optax_nadam.master_params(state, params)["w"].tolist() == weights["w"].tolist()
+      ('bfloat16', True)
+    """
+    state = the_node("opt_state", opt_state, CompensatedState)
+    _check_masters(weights, state.remainder)
+    targets = jax.tree.map(_nearest_stored, weights, state.remainder)
+    params = jax.tree.map(_stored_param, targets, state.remainder)
+    remainder = jax.tree.map(_stored_remainder, targets, state.remainder)
+    new = state._replace(remainder=remainder)
+    return params, map_nodes(lambda _: new, opt_state, CompensatedState)
+
+
+def _parse_remainder_dtype(name: str, value: DTypeLike | None) -> jnp.dtype | None:
+    if value is None:
+        return None
     try:
         dtype = jnp.dtype(value)
     except TypeError:
         dtype = None
     if dtype not in (jnp.int8, jnp.int16):
-        raise ValueError(f"{name} must be int8 or int16, got {value!r}.")
+        raise ValueError(f"{name} must be int8, int16 or None, got {value!r}.")
     return dtype
 
 
@@ -180,13 +226,60 @@ def _check_params(params: Any, remainder: Any) -> None:
     except (ValueError, TypeError) as error:
         raise validation.wrong_structure("params", error) from None
     for index, (p, r) in enumerate(zip(jax.tree.leaves(params), remainders, strict=True)):
-        expected = (jnp.bfloat16, r.shape) if hasattr(r, "shape") else None
+        shape = p.shape if r is None else getattr(r, "shape", None)
+        expected = (jnp.bfloat16, shape) if _has_remainder(r) else None
         got = (p.dtype, p.shape) if p.dtype == jnp.bfloat16 else None
         if got != expected:
-            wanted = f"bfloat16 of shape {r.shape}" if expected else "not bfloat16"
+            wanted = f"bfloat16 of shape {shape}" if expected else "not bfloat16"
             leaf = validation.place("params", params, index)
             text = _MISFIT.format(leaf=leaf, got=f"{p.dtype} of shape {p.shape}", expected=wanted)
-            raise ValueError(text + (_WIDENED if expected and p.shape == r.shape else ""))
+            raise ValueError(text + (_WIDENED if expected and p.shape == shape else ""))
+
+
+def _check_masters(weights: Any, remainder: Any) -> None:
+    """Rejects weights that do not fit the remainder, or have more bits than float32."""
+    structure: Any = jax.tree.structure(weights)
+    try:
+        remainders = structure.flatten_up_to(remainder)
+    except (ValueError, TypeError) as error:
+        raise validation.wrong_structure("weights", error) from None
+    for index, (w, r) in enumerate(zip(jax.tree.leaves(weights), remainders, strict=True)):
+        dtype, shape = dtype_of(w), getattr(r, "shape", jnp.shape(w))
+        wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 4
+        if _has_remainder(r) and (not wide or jnp.shape(w) != shape):
+            leaf, got = validation.place("weights", weights, index), f"{dtype} of shape {jnp.shape(w)}"
+            raise ValueError(_MASTER.format(leaf=leaf, got=got, shape=shape))
+
+
+def _has_remainder(remainder: Any) -> bool:
+    """Whether a leaf is bfloat16, its remainder stored or not."""
+    return remainder is None or hasattr(remainder, "shape")
+
+
+def _zero_remainder(p: jax.Array, dtype: DTypeLike | None) -> Any:
+    return None if dtype is None else zeros_like(p, dtype)
+
+
+def _nearest_stored(weight: jax.Array, remainder: Any) -> jax.Array:
+    """The weight rounded to the nearest number that param and remainder can hold; another leaf as it is."""
+    if not _has_remainder(remainder):
+        return weight
+    half = (1 << _dropped_bits(remainder)) >> 1
+    return _stored(jnp.asarray(weight).astype(jnp.float32), remainder, half)
+
+
+def _stored_param(target: jax.Array, remainder: Any) -> jax.Array:
+    if not _has_remainder(remainder):
+        return target
+    param = _nearest(target).astype(jnp.bfloat16)
+    return param if remainder is None else placed_like(param, remainder)
+
+
+def _stored_remainder(target: jax.Array, remainder: Any) -> Any:
+    if not hasattr(remainder, "shape"):
+        return remainder
+    lacking = _lacking(target, _nearest(target), remainder).astype(remainder.dtype)
+    return placed_like(lacking, remainder)
 
 
 def _is_bfloat16(leaf: Any) -> bool:
@@ -209,9 +302,13 @@ def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, ra
     """The weight after the step, stochastically rounded to the bits that are stored."""
     if not _is_bfloat16(p):
         return p
+    return _stored(master + step.astype(master.dtype), remainder, random.draw(master.shape).astype(jnp.int32))
+
+
+def _stored(weight: jax.Array, remainder: Any, added: jax.Array | int) -> jax.Array:
+    """The weight in the bits that are stored, rounded down after a number less than the last of them is added."""
     fraction = (1 << _dropped_bits(remainder)) - 1
-    bits = _bits(master + step.astype(master.dtype)) + (random.draw(master.shape).astype(jnp.int32) & fraction)
-    return _number(bits & ~fraction)
+    return _number((_bits(weight) + (added & fraction)) & ~fraction)
 
 
 def _remainder(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
@@ -219,13 +316,17 @@ def _remainder(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
 
     It is zero there anyway, but with the comparison XLA makes one pass of the step for TPU, without it sometimes three.
     """
-    if not _is_bfloat16(p):
+    if not _is_bfloat16(p) or remainder is None:
         return remainder
     nearest, now = _nearest(target), p.astype(jnp.float32)
     # A cast to bfloat16 and back would be deleted under jit.
     reached = lax.reduce_precision(now + (nearest - now), exponent_bits=8, mantissa_bits=7)
-    lacking = (_bits(target) - _bits(nearest)) >> _dropped_bits(remainder)
-    return jnp.where(reached == nearest, lacking, 0).astype(remainder.dtype)
+    return jnp.where(reached == nearest, _lacking(target, nearest, remainder), 0).astype(remainder.dtype)
+
+
+def _lacking(target: jax.Array, nearest: jax.Array, remainder: jax.Array) -> jax.Array:
+    """What the nearest bfloat16 lacks, in units of the last bit stored."""
+    return (_bits(target) - _bits(nearest)) >> _dropped_bits(remainder)
 
 
 def _to_apply(p: jax.Array, target: jax.Array, remainder: Any, step: jax.Array) -> jax.Array:
@@ -243,14 +344,16 @@ def _nearest(x: jax.Array) -> jax.Array:
     return _number((_bits(x) + 0x8000) & ~0xFFFF)
 
 
-def _as_bits(remainder: jax.Array) -> jax.Array:
+def _as_bits(remainder: jax.Array | None) -> jax.Array | int:
     """A remainder in units of the last bit of float32."""
+    if remainder is None:
+        return 0
     return remainder.astype(jnp.int32) << _dropped_bits(remainder)
 
 
-def _dropped_bits(remainder: jax.Array) -> int:
+def _dropped_bits(remainder: jax.Array | None) -> int:
     """How many of the 16 bits that bfloat16 drops the remainder does not store."""
-    return 16 - 8 * remainder.dtype.itemsize
+    return 16 if remainder is None else 16 - 8 * remainder.dtype.itemsize
 
 
 def _bits(x: jax.Array) -> jax.Array:

@@ -262,7 +262,7 @@ def _encoded(moments: Any, like: Any, bits: RandomBits) -> Any:
     def encode_copy(x: Any, like: Moment) -> Moment:
         # A copy: jnp.asarray may share the memory of an array that its framework updates in place.
         encoded = encode(jnp.array(x, complex_like(compute_dtype(like), like)), like, bits)
-        return jax.tree.map(_placed, encoded, like)
+        return jax.tree.map(placed_like, encoded, like)
 
     return jax.tree.map(encode_copy, moments, like)
 
@@ -307,10 +307,10 @@ def _largest_int32(count: int) -> int:
 
 def _scalar_like(number: float, like: jax.Array) -> jax.Array:
     """A number as a new array with the dtype of ``like`` and on its devices."""
-    return _placed(jnp.array(number, like.dtype), like)
+    return placed_like(jnp.array(number, like.dtype), like)
 
 
-def _placed(x: jax.Array, like: jax.Array) -> jax.Array:
+def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """The array with the sharding and the memory kind of ``like``, where that is committed to its devices."""
     if isinstance(like, jax.core.Tracer) or not getattr(like, "committed", False):
         return x

@@ -10,7 +10,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from optax_nadam import CompensatedState, compensated, master_params, nadamw
+from optax_nadam import CompensatedState, compensated, master_params, nadamw, set_master_params
 
 pytestmark = pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
 KINDS = ["int8", "int16"]
@@ -99,6 +99,70 @@ def test_with_one_byte_weights_have_24_bits_and_are_unbiased(rng):
     assert np.max(np.abs(error)) < 5 * 2.0**-16 * np.sqrt(100)  # half a unit of the 16th bit a step, at most
     assert abs(np.mean(error)) < 5 * np.std(error) / 256
     assert np.mean(np.abs(wide(narrow)["w"] - np.asarray(wide(params)["w"]))) > 1e-5  # rounded, they would not change
+
+
+def test_without_a_byte_weights_are_unbiased_and_nothing_is_stored(rng):
+    """From 1 by 1e-3 a step, far under the last bit of bfloat16; and each step goes to one of two neighbours."""
+    tx = compensated(optax.sgd(1e-3), remainder_dtype=None)
+    params = {"w": jnp.ones((64, 64), jnp.bfloat16), "norm": jnp.ones(64)}
+    state = tx.init(params)
+    assert state.remainder == {"w": None, "norm": optax.MaskedNode()}
+    assert sum(x.nbytes for x in jax.tree.leaves(state)) == 4
+    once = optax.apply_updates(params, tx.update(jax.tree.map(jnp.ones_like, params), state, params)[0])
+    assert set(np.unique(np.asarray(once["w"], np.float32))) == {1 - 2.0**-8, 1}
+    grads = {"w": jnp.ones((500, 64, 64), jnp.bfloat16), "norm": jnp.ones((500, 64))}
+    narrow, state = run(tx, params, grads)
+    assert narrow["w"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(narrow["norm"], 0.5, rtol=1e-4)
+    # A step has a variance of at most 1e-3 times the spacing under 1, 2^-8.
+    deviation = np.sqrt(500 * 1e-3 * 2.0**-8)
+    w = np.asarray(narrow["w"], np.float64)
+    assert abs(np.mean(w) - 0.5) < 5 * deviation / 64
+    assert 0.3 * deviation < np.std(w) < 1.2 * deviation
+    np.testing.assert_array_equal(master_params(state, narrow)["w"], wide(narrow)["w"])
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(optax.identity(), optax.MultiSteps(tx, 2))])
+@pytest.mark.parametrize(("kind", "lost"), [("int16", 0), ("int8", 2.0**-16), (None, 2.0**-8)])
+def test_float32_weights_become_params_and_remainder(rng, kind, lost, wrap):
+    weights = {"w": jnp.asarray(rng.normal(size=(32, 64)), jnp.float32), "norm": jnp.ones(64)}
+    tx = wrap(compensated(optax.sgd(1e-3), remainder_dtype=kind))
+    fresh = tx.init({"w": weights["w"].astype(jnp.bfloat16), "norm": weights["norm"]})
+    for setter in (set_master_params, jax.jit(set_master_params)):
+        params, state = setter(fresh, weights)
+        chex.assert_trees_all_equal_structs(state, fresh)
+        assert (params["w"].dtype, params["norm"].dtype) == (jnp.bfloat16, jnp.float32)
+        got = np.asarray(master_params(state, params)["w"])
+        np.testing.assert_array_equal(np.asarray(params["w"], np.float32), nearest_bfloat16(got))
+        error = np.abs(got - np.asarray(weights["w"])) / np.abs(weights["w"])
+        assert np.max(error) <= lost
+        assert np.max(error) >= lost / 4
+    if kind == "int16":
+        again, _ = set_master_params(state, master_params(state, params))
+        chex.assert_trees_all_equal(again, params)
+
+
+def test_weights_are_set_where_the_state_is():
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+    split = NamedSharding(mesh, PartitionSpec("data"))
+    weights = {"w": np.full((64, 32), 0.1, np.float32)}
+    tx = compensated(nadamw(1e-3), remainder_dtype="int16")
+    fresh = jax.jit(tx.init)({"w": jax.device_put(jnp.ones((64, 32), jnp.bfloat16), split)})
+    params, state = set_master_params(fresh, weights)
+    assert params["w"].sharding == state.remainder["w"].sharding == fresh.remainder["w"].sharding
+    np.testing.assert_array_equal(master_params(state, params)["w"], weights["w"])
+
+
+def test_weights_that_do_not_fit_are_refused():
+    state = compensated(optax.sgd(1e-3)).init({"w": jnp.ones((4, 3), jnp.bfloat16)})
+    with pytest.raises(ValueError, match=r"weights\['w'\] is float32 of shape \(3, 4\).*leaf of shape \(4, 3\)"):
+        set_master_params(state, {"w": jnp.ones((3, 4))})
+    with pytest.raises(ValueError, match=r"weights\['w'\] is int32 .*takes weights of float32"):
+        set_master_params(state, {"w": jnp.ones((4, 3), jnp.int32)})
+    with pytest.raises(ValueError, match=r"weights differ in structure"):
+        set_master_params(state, [jnp.ones((4, 3))])
+    with pytest.raises(ValueError, match=r"opt_state must hold one CompensatedState"):
+        set_master_params(optax.sgd(1.0).init(jnp.ones(3)), jnp.ones(3))
 
 
 @every_kind
@@ -242,7 +306,7 @@ def test_errors(rng):
     params = random_params(rng)
     tx = compensated(nadamw())
     state = tx.init(params)
-    with pytest.raises(ValueError, match=r"remainder_dtype must be int8 or int16, got 'float32'"):
+    with pytest.raises(ValueError, match=r"remainder_dtype must be int8, int16 or None, got 'float32'"):
         compensated(nadamw(), remainder_dtype="float32")
     with pytest.raises(TypeError, match=r"params\['h'\] has dtype float16.*bfloat16"):
         tx.init({"h": jnp.ones(3, jnp.float16)})

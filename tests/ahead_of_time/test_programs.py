@@ -180,7 +180,7 @@ def test_a_row_of_bytes_over_several_chips_agrees_on_its_scales_and_nothing_else
 
 @pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
 @every_mesh
-@pytest.mark.parametrize(("remainder", "more"), [("int8", 2), ("int16", 4)])
+@pytest.mark.parametrize(("remainder", "more"), [("int8", 2), ("int16", 4), (None, 0)])
 @pytest.mark.parametrize(("moments", "expected"), [(None, 22), ("bfloat16", 14), ("int8", 14)])
 def test_compensated_weights_cost_the_bytes_they_store_and_no_more(remainder, more, moments, expected, target, chips):
     inner = optax_nadam.nadamw(1e-3, m_dtype=moments, v_dtype=moments)
