@@ -31,8 +31,9 @@ _NO_WEIGHTS = (
     " model.trainable_variables."
 )
 _NO_HYPERPARAMETERS = (
-    "source holds no hyperparameters. A model's .h5 and .keras file does, and a TensorFlow checkpoint of the legacy"
-    " Nadam; else make a NadamConfig, or pass optimizer.get_config() to config_from."
+    "source does not hold all hyperparameters. A model's .h5 and .keras file does, and a TensorFlow checkpoint of the"
+    " legacy Nadam whose learning rate is a number or a variable, not a function; else make a NadamConfig, or pass"
+    " optimizer.get_config() to config_from."
 )
 _NO_BETA = (
     "config is needed: tf.contrib's Nadam stores its steps as a power of beta1, and no hyperparameters. Pass config=,"

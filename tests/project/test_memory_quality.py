@@ -145,7 +145,9 @@ def test_quality_is_written_as_a_table_and_drawn(straight, capsys):
     assert result["question"] in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("options", [["--quick"], ["--seeds", "2"], ["--steps", "20"], ["--tune", "--seeds", "2"]])
+@pytest.mark.parametrize(
+    "options", [["--quick"], ["--seeds", "2"], ["--steps", "20"], ["--only", "8-bit"], ["--tune", "--seeds", "2"]]
+)
 def test_a_short_run_for_quality_writes_nothing(straight, capsys, monkeypatch, options):
     monkeypatch.setattr(memory_quality, "FORMATS", [FLOAT32])
     monkeypatch.setattr(memory_quality, "OFFERED", [])
