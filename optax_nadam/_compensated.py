@@ -1,6 +1,7 @@
 """bfloat16 weights trained at higher precision: what rounding drops is stored beside them."""
 
 import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -220,35 +221,34 @@ def _check_params(params: Any, remainder: Any) -> None:
     """Rejects params that are missing or do not fit the remainder."""
     if params is None:
         raise ValueError("compensated needs params: call update(grads, state, params).")
-    structure: Any = jax.tree.structure(params)
-    try:
-        remainders = structure.flatten_up_to(remainder)
-    except (ValueError, TypeError) as error:
-        raise validation.wrong_structure("params", error) from None
-    for index, (p, r) in enumerate(zip(jax.tree.leaves(params), remainders, strict=True)):
+    for leaf, p, r in _with_remainders("params", params, remainder):
         shape = p.shape if r is None else getattr(r, "shape", None)
         expected = (jnp.bfloat16, shape) if _has_remainder(r) else None
         got = (p.dtype, p.shape) if p.dtype == jnp.bfloat16 else None
         if got != expected:
             wanted = f"bfloat16 of shape {shape}" if expected else "not bfloat16"
-            leaf = validation.place("params", params, index)
-            text = _MISFIT.format(leaf=leaf, got=f"{p.dtype} of shape {p.shape}", expected=wanted)
+            text = _MISFIT.format(leaf=leaf(), got=f"{p.dtype} of shape {p.shape}", expected=wanted)
             raise ValueError(text + (_WIDENED if expected and p.shape == shape else ""))
 
 
 def _check_masters(weights: Any, remainder: Any) -> None:
     """Rejects weights that do not fit the remainder, or have more bits than float32."""
-    structure: Any = jax.tree.structure(weights)
-    try:
-        remainders = structure.flatten_up_to(remainder)
-    except (ValueError, TypeError) as error:
-        raise validation.wrong_structure("weights", error) from None
-    for index, (w, r) in enumerate(zip(jax.tree.leaves(weights), remainders, strict=True)):
+    for leaf, w, r in _with_remainders("weights", weights, remainder):
         dtype, shape = dtype_of(w), getattr(r, "shape", jnp.shape(w))
         wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 4
         if _has_remainder(r) and (not wide or jnp.shape(w) != shape):
-            leaf, got = validation.place("weights", weights, index), f"{dtype} of shape {jnp.shape(w)}"
-            raise ValueError(_MASTER.format(leaf=leaf, got=got, shape=shape))
+            raise ValueError(_MASTER.format(leaf=leaf(), got=f"{dtype} of shape {jnp.shape(w)}", shape=shape))
+
+
+def _with_remainders(name: str, tree: Any, remainder: Any) -> Iterator[tuple[Callable[[], str], Any, Any]]:
+    """Each leaf, a function that makes its name, and its remainder, in trees of one structure."""
+    structure: Any = jax.tree.structure(tree)
+    try:
+        remainders = structure.flatten_up_to(remainder)
+    except (ValueError, TypeError) as error:
+        raise validation.wrong_structure(name, error) from None
+    for index, (leaf, r) in enumerate(zip(jax.tree.leaves(tree), remainders, strict=True)):
+        yield functools.partial(validation.place, name, tree, index), leaf, r
 
 
 def _has_remainder(remainder: Any) -> bool:
