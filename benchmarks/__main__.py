@@ -27,8 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         started = time.perf_counter()
         try:
             importlib.import_module(f"benchmarks.{name}").main(["--quick"] if chosen.quick else [])
-        except SystemExit as left_out:
-            print(left_out)
+        except SystemExit as ended:
+            if not isinstance(ended.code, str):  # an error in the arguments, not a reason to be left out
+                raise
+            print(ended)
         print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 
 

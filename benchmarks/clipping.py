@@ -21,9 +21,9 @@ NOTE = """\
 A whole step on the shapes of GPT-2 small (148 float32 leaves, 124 M), gradients given, params and state donated; the
 norm is so large that every step clips. The norm reads every gradient once more: 4 bytes a parameter.
 `optax.clip_by_global_norm` divides each leaf by the norm, under a select. XLA:CPU does not repeat that division in each
-of its three passes, but stores the quotients: 4 bytes of temporaries. Ours computes one
-scalar, `max_norm / norm` or 1, and multiplies by it, which every pass repeats. The difference is that of the params
-after all timed steps, relative to how far they have moved."""
+of its three passes, but stores the quotients: 4 bytes of temporaries. Ours computes one scalar, `max_norm / norm` or 1,
+and multiplies by it, which every pass repeats. The difference is that of the params after all timed steps, relative to
+how far they have moved."""
 
 COMPILED_NOTE = (
     "Compiled ahead of time, not run; needs the extra `aot`. The norm reads the gradients once more, in one more fusion"

@@ -30,7 +30,6 @@ PAIRS: dict[str, tuple[Any, Any]] = {
     WHOLE: NADAMW,
 }
 WHOSE = ("ours", "optax")
-STAGES = ("trace", "lower", "compile", "run")
 REPEATS = {10: (21, 11), 148: (21, 7), 1000: (11, 3), 3000: (3, 1)}  # of tracing and of eager calls; of compiling
 SWEEP = {"learning_rate": (1e-3, 2e-3, 4e-3), "b1": (0.8, 0.9, 0.95), "weight_decay": (0.0, 1e-4, 1e-2)}
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -68,7 +67,7 @@ def steps(what: str) -> list[tuple[Any, Step]]:
 
 
 def first_call(step: Step, arguments: tuple[Any, ...]) -> list[float]:
-    """Seconds of each stage of a first call, each of which continues from the result of the one before."""
+    """Seconds to trace, lower, compile and run, each from the result of the one before."""
     jax.clear_caches()
     clock = [time.perf_counter()]
 
@@ -108,18 +107,22 @@ def timed(what: str, number: int, make_calls: Callable[..., Calls], repeats: int
 
 def starting(number: int, repeats: int) -> dict[str, Times]:
     """Seconds of the later stages of the whole step's first call, and of all stages together."""
-    params, taken = leaves(number), {whose: [] for whose in WHOSE}  # type: dict[str, jax.Array], dict[str, list[Any]]
-    pair = [(step, (params, tx.init(params), params)) for tx, step in steps(WHOLE)]
+    params = leaves(number)
+    taken: dict[str, list[list[float]]] = {whose: [] for whose in WHOSE}
 
-    def turn(whose: str, step: Step, arguments: tuple[Any, ...]) -> Callable[[], None]:
+    def turn(whose: str, tx: Any, step: Step) -> Callable[[], None]:
+        arguments = params, tx.init(params), params
         return lambda: taken[whose].append(first_call(step, arguments))
 
-    turns = {whose: turn(whose, *one) for whose, one in zip(WHOSE, pair, strict=True)}
+    turns = {whose: turn(whose, *pair) for whose, pair in zip(WHOSE, steps(WHOLE), strict=True)}
     interleaved(turns, repeats, warmup=min(repeats - 1, 2))
-    of_stage = {whose: dict(zip(STAGES, zip(*taken[whose][-repeats:], strict=True), strict=True)) for whose in WHOSE}
-    first = {whose: [sum(stages) for stages in taken[whose][-repeats:]] for whose in WHOSE}
-    later = {stage: {whose: list(of_stage[whose][stage]) for whose in WHOSE} for stage in ("lower", "compile")}
-    return later | {"first call": first}
+    counted = {whose: seconds[-repeats:] for whose, seconds in taken.items()}
+
+    def of(stage: int) -> Times:
+        return {whose: [stages[stage] for stages in seconds] for whose, seconds in counted.items()}
+
+    first = {whose: [sum(stages) for stages in seconds] for whose, seconds in counted.items()}
+    return {"lower": of(1), "compile": of(2), "first call": first}
 
 
 def results(repeats: dict[int, tuple[int, int]]) -> Results:

@@ -174,7 +174,7 @@ def main() -> tuple[np.ndarray, dict[str, np.ndarray]]:
     distances = {name: np.linalg.norm(run - keras_weights, axis=1) / way for name, run in runs.items()}
     for name, values in distances.items():
         at = {step: f"{value:.1e} at {step}" for step, value in zip(steps.tolist(), values, strict=True)}
-        print(f"{name}: " + ", ".join(at[step] for step in sorted({1, 100, max(at)} & set(at))))
+        print(f"{name}: " + ", ".join(at[step] for step in sorted({1, 100, 140, 200, max(at)} & set(at))))
     draw(steps, distances, arguments.out)
     print(f"all curves in {arguments.out}")
     return steps, distances

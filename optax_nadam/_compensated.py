@@ -223,7 +223,7 @@ def _check_params(params: Any, remainder: Any) -> None:
         raise ValueError("compensated needs params: call update(grads, state, params).")
     for leaf, p, r in _with_remainders("params", params, remainder):
         shape = p.shape if r is None else getattr(r, "shape", None)
-        expected = (jnp.bfloat16, shape) if _has_remainder(r) else None
+        expected = (jnp.bfloat16, shape) if _is_compensated(r) else None
         got = (p.dtype, p.shape) if p.dtype == jnp.bfloat16 else None
         if got != expected:
             wanted = f"bfloat16 of shape {shape}" if expected else "not bfloat16"
@@ -236,7 +236,7 @@ def _check_masters(weights: Any, remainder: Any) -> None:
     for leaf, w, r in _with_remainders("weights", weights, remainder):
         dtype, shape = dtype_of(w), getattr(r, "shape", jnp.shape(w))
         wide = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 4
-        if _has_remainder(r) and (not wide or jnp.shape(w) != shape):
+        if _is_compensated(r) and (not wide or jnp.shape(w) != shape):
             raise ValueError(_MASTER.format(leaf=leaf(), got=f"{dtype} of shape {jnp.shape(w)}", shape=shape))
 
 
@@ -251,8 +251,8 @@ def _with_remainders(name: str, tree: Any, remainder: Any) -> Iterator[tuple[Cal
         yield functools.partial(validation.place, name, tree, index), leaf, r
 
 
-def _has_remainder(remainder: Any) -> bool:
-    """Whether a leaf is bfloat16, its remainder stored or not."""
+def _is_compensated(remainder: Any) -> bool:
+    """Whether this is in the place of a bfloat16 leaf, stored or not; in that of others there is a MaskedNode."""
     return remainder is None or hasattr(remainder, "shape")
 
 
@@ -262,14 +262,14 @@ def _zero_remainder(p: jax.Array, dtype: DTypeLike | None) -> Any:
 
 def _nearest_stored(weight: jax.Array, remainder: Any) -> jax.Array:
     """The weight rounded to the nearest number that param and remainder can hold; another leaf as it is."""
-    if not _has_remainder(remainder):
+    if not _is_compensated(remainder):
         return weight
     half = (1 << _dropped_bits(remainder)) >> 1
     return _stored(jnp.asarray(weight).astype(jnp.float32), remainder, half)
 
 
 def _stored_param(target: jax.Array, remainder: Any) -> jax.Array:
-    if not _has_remainder(remainder):
+    if not _is_compensated(remainder):
         return target
     param = _nearest(target).astype(jnp.bfloat16)
     return param if remainder is None else placed_like(param, remainder)

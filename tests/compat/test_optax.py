@@ -112,7 +112,9 @@ def test_a_state_restored_as_plain_dicts_continues(wrap, through, tmp_path):
     resumed = compat.optax.load_state(ours.init(at), through(running, tmp_path), config=CONSTANT)
     assert optax_nadam.get_state(resumed).count == 12
     here, there = (run(tx, at, grads[12:20], state)[0] for tx, state in ((ours, resumed), (theirs, running)))
-    assert gap(here, there, LEARNING_RATE) < BOUND
+    # In each of eight steps Optax's 1 - b2^t is off by up to 2^-24, and params of up to 4 are rounded: measured 4.2e-5.
+    bound = 8 * (2.0**-24 / (1 - 0.999**13) + 2.0**-23 / LEARNING_RATE)
+    assert gap(here, there, LEARNING_RATE) < bound < 1.4e-4
 
 
 def test_params_with_the_names_of_fields_are_no_state():

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import re
+import sys
 from pydoc_data.topics import topics
 
 import chex
@@ -350,6 +351,10 @@ def test_all_scripts_are_run_and_what_one_lacks_is_said(monkeypatch, capsys):
     benchmarks_main.main(["--quick"])
     assert asked == [(f"benchmarks.{name}", ["--quick"]) for name in benchmarks_main.SCRIPTS]
     assert "# clipping\nLeft out: a reason\n" in capsys.readouterr().out
+    monkeypatch.setattr(Script, "main", lambda self, arguments: sys.exit(2))
+    with pytest.raises(SystemExit):
+        benchmarks_main.main(["precision", "--quick"])
+    monkeypatch.setattr(Script, "main", lambda self, arguments: asked.append((self.name, arguments)))
     benchmarks_main.main(["precision"])
     assert asked[-1] == ("benchmarks.precision", [])
     with pytest.raises(SystemExit):
