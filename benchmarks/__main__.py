@@ -1,7 +1,7 @@
 """All benchmarks, one after the other.
 
 python -m benchmarks --quick              each in seconds; writes nothing
-python -m benchmarks --quick clipping     only those named
+python -m benchmarks --quick options      only those named
 """
 
 import importlib

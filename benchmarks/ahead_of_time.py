@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -181,28 +181,39 @@ def gathered(tx: Any, mesh: Mesh) -> Any:
 
 
 class Instruction(NamedTuple):
-    """One instruction of a compiled program: the type of its result, what it does, the types of its operands."""
+    """One instruction of a compiled program: the type of its result, what it does, the types of its operands.
+
+    A conditional also has the names of its branches.
+    """
 
     type: str
     operation: str
     operands: list[str]
+    branches: list[str]
 
 
-_INSTRUCTION = re.compile(r'^ +(?:ROOT )?%(\S+) = (.*?) ([a-z-]+)\((.*?)\)(?:,.*custom_call_target="(\w+)")?', re.M)
+_INSTRUCTION = re.compile(
+    r"^ +(?:ROOT )?%(\S+) = (.*?) ([a-z-]+)\((.*?)\)"
+    r'(?:,.*custom_call_target="(\w+)")?(?:,.*branch_computations=\{(.*?)\})?',
+    re.M,
+)
 _ARRAY = re.compile(r"[a-z](\d*)\[(\d[\d,]*)\](\S*)")  # bits, none for booleans; shape; layout
 _COLLECTIVE = re.compile(r" (all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 _FETCHED = {"copy-done", "slice-done"}
 _NO_WORK = {"parameter", "tuple", "get-tuple-element", "bitcast", "ConcatBitcast"}
-_NO_WORK |= {"copy-start", "slice-start", "all-gather-done"}
+_NO_WORK |= {"copy-start", "slice-start", "all-gather-done", "conditional"}
 _TYPED_BY_BOTH = {"all-gather-start"}  # the type of its result has what it reads in it
 
 
-def instructions(compiled: Any) -> Iterator[Instruction]:
-    """The instructions of the entry computation that read or make arrays."""
+def instructions(compiled: Any, computation: str = "ENTRY") -> Iterator[Instruction]:
+    """The instructions of a computation, the entry or one with a name, that read or make arrays."""
     types: dict[str, str] = {}
-    for name, type_, operation, operands, target in _INSTRUCTION.findall(compiled.as_text().split("\nENTRY")[1]):
+    start = "\nENTRY" if computation == "ENTRY" else f"\n%{computation} ("
+    text = compiled.as_text().split(start)[1].split("\n}")[0]
+    for name, type_, operation, operands, target, branches in _INSTRUCTION.findall(text):
         types[name] = type_
-        instruction = Instruction(type_, target or operation, [types[x] for x in re.findall(r"%([\w.-]+)", operands)])
+        read, run = (re.findall(r"%([\w.-]+)", names) for names in (operands, branches))
+        instruction = Instruction(type_, target or operation, [types[x] for x in read], run)
         if any(map(_ARRAY.search, (type_, *instruction.operands))):
             yield instruction
 
@@ -223,17 +234,20 @@ def in_place(compiled: Any) -> int:
     return compiled.as_text().split("\n")[0].count("-alias)")
 
 
-def traffic(compiled: Any) -> int:
+def traffic(compiled: Any, computation: str = "ENTRY", branch: Callable[[Iterable[int]], int] = max) -> int:
     """Bytes of arrays that pass between one chip and its memory, if every kernel reads its operands whole.
 
-    XLA's own figure, ``bytes accessed``, includes scalars and counts prefetched arrays several times.
+    XLA's own figure, ``bytes accessed``, includes scalars, counts prefetched arrays several times and adds up all
+    branches of a conditional. Here ``branch`` chooses: the one that moves most, unless told otherwise.
     """
     total = 0
-    for type_, operation, operands in instructions(compiled):
+    for type_, operation, operands, branches in instructions(compiled, computation):
         if operation in _FETCHED | _TYPED_BY_BOTH:
             total += _bytes(type_)
         elif operation not in _NO_WORK:
             total += sum(_bytes(x, on_chip=False) for x in (type_, *operands))
+        elif branches:
+            total += branch(traffic(compiled, name, branch) for name in branches)
     return total
 
 

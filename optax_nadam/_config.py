@@ -18,6 +18,7 @@ from optax_nadam._rules import Rule, RuleName, mu_product_after, parse_rule
 from optax_nadam._schedules import ScheduleConfig, inverse_time_decay, parse_learning_rate
 from optax_nadam._state import put_count
 
+_TINY = 2.0**-126  # the smallest normal float32
 _T = TypeVar("_T")
 _Parse = Callable[[str, Any], _T]  # takes the field's name and value
 
@@ -221,8 +222,12 @@ class NadamConfig:
         make = functools.partial(scale_by_nadam, **{name: getattr(self, name) for name in names})
         tx = make()
         if self.clip_update_rms is not None:
-            tx = wrappers.clip_by_gradient_rms(tx, make(b1=0.0), self.clip_update_rms)
-        return wrappers.cautious(tx) if self.cautious else tx
+            # The roots differ by less than is ever seen: two equal ones are computed once and stored by XLA:CPU.
+            normalise = make(b1=0.0, eps_root=self.eps_root + _TINY)
+            tx = wrappers.clip_by_gradient_rms(tx, normalise, self.clip_update_rms)
+        if self.cautious:
+            tx = wrappers.cautious(tx, make(rule=dataclasses.replace(parse_rule("rule", self.rule), power=0.0)))
+        return tx
 
     def to_dict(self) -> dict[str, Any]:
         """All fields by name, ready for JSON."""

@@ -89,10 +89,11 @@ class Rule:
       v_correction: what ``v`` is divided by: :math:`1 - \beta_2^t` (``"current"``), :math:`(1 - \beta_2^t) / \beta_2`
         (``"next"``) or nothing (``"none"``).
       eps_hat: epsilon is added before ``v`` is debiased: :math:`\varepsilon_t = \varepsilon / \sqrt{1-\beta_2^t}`.
-      power: the exponent of the debiased ``v`` in the denominator, positive; 0.5 is the square root.
+      power: the exponent of the debiased ``v`` in the denominator, not negative; 0.5 is the square root, with 0 the
+        update is not normalised.
 
     Raises:
-      ValueError: a correction that is not one of those above, or a power that is not positive and finite.
+      ValueError: a correction that is not one of those above, or a power that is negative or not finite.
       TypeError: a power that is not a number, or another value that is not a boolean.
 
     Examples:
@@ -116,7 +117,7 @@ class Rule:
             validation.check_bool(name, getattr(self, name))
         validation.check_choice("m_correction", self.m_correction, typing.get_args(MCorrection))
         validation.check_choice("v_correction", self.v_correction, typing.get_args(VCorrection))
-        validation.check_positive("power", self.power)
+        validation.check_not_negative("power", self.power)
 
 
 RuleName = Literal[

@@ -1,5 +1,6 @@
 """Transformations that some variants need and Optax does not have; most wrap an inner one."""
 
+import functools
 from typing import Any
 
 import jax
@@ -86,10 +87,10 @@ def accumulate(inner: optax.GradientTransformationExtraArgs, steps: int) -> opta
     """Takes one step of an inner optimizer with the mean gradient of ``steps`` calls, as ``optax.MultiSteps``.
 
     Each leaf is averaged in its own dtype, or in float32 where that is narrower; Optax has one dtype for all leaves.
-    The updates of the calls before the last are zero.
+    The updates of the calls before the last are zero, and these calls do not touch the state of the inner optimizer.
 
     Args:
-      inner: makes the step.
+      inner: makes the step; it gets no extra arguments.
       steps: how many gradients are averaged.
 
     Returns:
@@ -104,27 +105,42 @@ def accumulate(inner: optax.GradientTransformationExtraArgs, steps: int) -> opta
             acc_grads=jax.tree.map(lambda p: zeros_like(p, complex_like(compute_dtype(p), p)), params),
         )
 
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+    @jax.jit  # outside of jit, lax.switch would be compiled in every call
+    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
         def average(mean: jax.Array, g: jax.Array) -> jax.Array:
             return mean + (g.astype(mean.dtype) - mean) / (state.mini_step + 1).astype(mean.dtype)
 
-        mean = jax.tree.map(average, state.acc_grads, updates)
-        gradients = jax.tree.map(lambda x, g: x.astype(g.dtype), mean, updates)
-        u, inner_state = inner.update(gradients, state.inner_opt_state, params, **extra_args)
-        is_last = state.mini_step == steps - 1
+        def step(mean: Any, inner_state: Any) -> tuple[Any, Any]:
+            return inner.update(_like(updates, mean), inner_state, params)
 
-        def at_last(new: jax.Array, old: jax.Array) -> jax.Array:
-            return jnp.where(is_last, new, old).astype(old.dtype)
+        def last(mean: Any, inner_state: Any) -> tuple[Any, Any]:
+            u, stepped = step(mean, inner_state)
+            return _like(mean, u), _like(inner_state, stepped)
 
-        return jax.tree.map(lambda x: jnp.where(is_last, x, jnp.zeros_like(x)), u), optax.MultiStepsState(
+        # One buffer holds the mean or, in the last call, the update; so no compiler copies anything. Behind a boolean,
+        # lax.cond, XLA:GPU would.
+        mean, is_last = jax.tree.map(average, state.acc_grads, updates), state.mini_step == steps - 1
+        u_like, _ = jax.eval_shape(step, mean, state.inner_opt_state)
+        branch, keep = is_last.astype(jnp.int32), lambda *same: same
+        mean_or_u, inner_state = jax.lax.switch(branch, [keep, last], mean, state.inner_opt_state)
+        zero = jax.tree.map(jnp.zeros_like, mean_or_u)
+        u, mean = (jax.tree.map(functools.partial(jnp.where, x), mean_or_u, zero) for x in (is_last, ~is_last))
+        return _like(u_like, u), optax.MultiStepsState(
             mini_step=jnp.where(is_last, 0, state.mini_step + 1),
-            gradient_step=at_last(optax.safe_increment(state.gradient_step), state.gradient_step),
-            inner_opt_state=jax.tree.map(at_last, inner_state, state.inner_opt_state),
-            acc_grads=jax.tree.map(lambda x: jnp.where(is_last, jnp.zeros_like(x), x), mean),
+            gradient_step=jnp.where(is_last, optax.safe_increment(state.gradient_step), state.gradient_step),
+            inner_opt_state=inner_state,
+            acc_grads=mean,
             skip_state=state.skip_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(
+        init, lambda updates, state, params=None, **extra_args: update(updates, state, params)
+    )
+
+
+def _like(tree: Any, values: Any) -> Any:
+    """Values in the dtypes of a tree."""
+    return jax.tree.map(lambda x, value: value.astype(x.dtype), tree, values)
 
 
 def is_pair(node: Any) -> bool:
@@ -138,27 +154,39 @@ def _mean(leaf: Any) -> jax.Array:
     return sum(map(jnp.sum, parts)) / sum(x.size for x in parts)
 
 
-def cautious(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+def cautious(
+    inner: optax.GradientTransformationExtraArgs, plain: optax.GradientTransformationExtraArgs
+) -> optax.GradientTransformationExtraArgs:
     r"""Drops the elements of an update that point away from the gradient, and scales up the others, leaf by leaf.
 
     .. math:: u \leftarrow u \odot M / \max(\operatorname{mean} M, 10^{-3}), \quad M = [\operatorname{Re}(u \bar g) > 0]
 
     The mean is over a whole leaf, also where its real and imaginary parts are updated separately.
 
+    Args:
+      inner: makes the update.
+      plain: makes an update of the same sign from the same state. Without a root and a division, it can be computed
+        twice; XLA:CPU stores the results of these for a second use.
+
+    Returns:
+      A transformation with the state of ``inner``.
+
     Source: Liang et al., `Cautious Optimizers <https://arxiv.org/abs/2411.16085>`_, 2024.
     """
 
     def agreement(u: jax.Array, g: jax.Array) -> jax.Array:
-        return (jnp.real(u * jnp.conj(g)) > 0).astype(compute_dtype(g))
+        return jnp.real(jnp.sign(u) * jnp.conj(g)) > 0
 
-    def mask(u: Any, g: Any) -> Any:
-        agrees = jax.tree.map(agreement, u, g)
-        mean = jnp.maximum(_mean(agrees), 1e-3)
-        return jax.tree.map(lambda u, a: u * (a / mean).astype(u.dtype), u, agrees)
+    def mask(u: Any, signed: Any, g: Any) -> Any:
+        agrees = jax.tree.map(agreement, signed, g)
+        mean = _mean(jax.tree.map(lambda a, g: a.astype(compute_dtype(g)), agrees, g))
+        factor = 1 / jnp.maximum(mean, 1e-3)
+        return jax.tree.map(lambda u, a: jnp.where(a, u * factor.astype(u.dtype), jnp.zeros_like(u)), u, agrees)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        u, state = inner.update(updates, state, params, **extra_args)
-        return jax.tree.map(mask, u, updates, is_leaf=is_pair), state
+        u, stepped = inner.update(updates, state, params, **extra_args)
+        signed, _ = plain.update(updates, state, params, **extra_args)
+        return jax.tree.map(mask, u, signed, updates, is_leaf=is_pair), stepped
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -174,7 +202,7 @@ def clip_by_gradient_rms(
 
     Args:
       inner: makes the update.
-      plain: the same without momentum, whose update is the normalised gradient; it shares the state of ``inner``.
+      plain: makes the normalised gradient from the same state. It gets an ``m`` of zero, so that none is read.
       threshold: the largest root mean square that leaves the update unchanged.
 
     Returns:
@@ -183,15 +211,20 @@ def clip_by_gradient_rms(
     Source: Wortsman et al., `Stable and low-precision training <https://arxiv.org/abs/2304.13013>`_, 2023.
     """
 
-    def shrink(u: Any, normalised: Any) -> Any:
-        rms = jnp.sqrt(_mean(jax.tree.map(lambda x: abs_squared(_widened(x)), normalised)))
-        divisor = jnp.maximum(1.0, rms / threshold)
-        return jax.tree.map(lambda u: u / divisor.astype(u.dtype), u)
+    def square(normalised: jax.Array, g: jax.Array) -> jax.Array:
+        x = abs_squared(_widened(normalised))
+        return jnp.where(g != 0, x, jnp.zeros_like(x))
+
+    def shrink(u: Any, normalised: Any, g: Any) -> Any:
+        rms = jnp.sqrt(_mean(jax.tree.map(square, normalised, g)))
+        factor = 1 / jnp.maximum(1.0, rms / threshold)
+        return jax.tree.map(lambda u: u * factor.astype(u.dtype), u)
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        normalised, _ = plain.update(updates, state, params, **extra_args)
-        u, state = inner.update(updates, state, params, **extra_args)
-        return jax.tree.map(shrink, u, normalised, is_leaf=is_pair), state
+        u, stepped = inner.update(updates, state, params, **extra_args)
+        without_m = state._replace(m=jax.tree.map(lambda g: jnp.zeros_like(_widened(g)), updates))
+        normalised, _ = plain.update(updates, without_m, params, **extra_args)
+        return jax.tree.map(shrink, u, normalised, updates, is_leaf=is_pair), stepped
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 

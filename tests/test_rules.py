@@ -91,7 +91,7 @@ def test_rules_come_from_json_and_go_into_it():
     [
         ("m_correction", "thrice", ValueError, "must be one of 'next', 'current', 'twice', 'none', got 'thrice'"),
         ("v_correction", "twice", ValueError, "must be one of 'current', 'next', 'none', got 'twice'"),
-        ("power", 0, ValueError, "must be finite and positive, got 0"),
+        ("power", -1, ValueError, "must be finite and not negative, got -1"),
         ("power", "half", TypeError, "must be a number"),
         *((name, "no", TypeError, "must be True or False, got 'no'") for name in ("warmup", "keeps_product")),
         *((name, 1, TypeError, "must be True or False, got 1") for name in ("look_ahead", "m_by_momentum", "eps_hat")),

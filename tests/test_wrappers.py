@@ -131,19 +131,38 @@ def test_an_accumulated_mean_in_bfloat16_does_not_stall():
     np.testing.assert_allclose(state.acc_grads, 499 / 999, rtol=1e-5)
 
 
+def cautious_step(m, g):
+    """The update, before sign and learning rate, of a cautious Nadam whose ``v`` is one."""
+    tx = NadamConfig(learning_rate=-1.0, rule="simplified", cautious=True).build()
+    nadam_state, *others = tx.init(g)
+    state = (nadam_state._replace(m=m, v=jnp.ones_like(g), count=jnp.int32(5)), *others)
+    return tx.update(g, state)[0]
+
+
 def test_cautious_updates_may_all_be_zero():
-    tx = _wrappers.cautious(scale_by_nadam(rule="simplified"))
-    state = tx.init(jnp.ones(4))._replace(m=jnp.full(4, -1.0), v=jnp.ones(4), count=jnp.int32(5))
-    updates, _ = tx.update(jnp.full(4, 1e-3), state)
-    chex.assert_trees_all_equal(updates, jnp.zeros(4))
+    chex.assert_trees_all_equal(cautious_step(jnp.full(4, -1.0), jnp.full(4, 1e-3)), jnp.zeros(4))
 
 
 def test_cautious_updates_are_zero_where_the_gradient_is():
-    tx = _wrappers.cautious(scale_by_nadam(rule="simplified"))
-    state = tx.init(jnp.ones(2))._replace(m=jnp.ones(2), v=jnp.ones(2), count=jnp.int32(5))
-    updates, _ = tx.update(jnp.asarray([0.0, 1.0]), state)
+    updates = cautious_step(jnp.ones(2), jnp.asarray([0.0, 1.0]))
     assert updates[0] == 0
     assert updates[1] > 0
+
+
+def test_caution_sees_the_sign_of_gradients_whose_product_with_the_update_vanishes():
+    np.testing.assert_array_equal(jnp.sign(cautious_step(jnp.zeros(2), jnp.asarray([1e-30, -1e-30]))), [1, -1])
+
+
+@pytest.mark.parametrize("rule", ["scheduled", "eps_hat", "undebiased"])
+def test_caution_takes_the_mask_from_the_update_itself(rng, rule):
+    """Which it finds without the normalisation, on which the sign does not depend."""
+    g = jnp.asarray(rng.normal(size=(12, 40)), jnp.float32)
+    plain, tx = (NadamConfig(rule=rule, cautious=cautious).build() for cautious in (False, True))
+    (_, u), (_, got) = (jax.lax.scan(lambda s, g, tx=tx: tx.update(g, s)[::-1], tx.init(g[0]), g) for tx in (plain, tx))
+    agrees = u * g < 0
+    assert 0 < np.mean(agrees[-1]) < 1
+    share = np.mean(agrees, axis=1, keepdims=True)
+    np.testing.assert_allclose(got, np.where(agrees, u / share, 0), rtol=1e-6, atol=1e-9)  # of steps of 1e-3
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -40,7 +40,7 @@ def nadamw(
       debias: whether the moments are debiased.
       weight_decay: decoupled weight decay, not negative, times the learning rate.
       weight_decay_mask: which leaves decay, see ``mask`` of :func:`optax_nadam.nadamw`.
-      power: of :math:`\hat v` in the denominator, in place of the root; positive.
+      power: of :math:`\hat v` in the denominator, in place of the root; not negative.
 
     Returns:
       A gradient transformation that takes the steps of AlgoPerf's.

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 import optax_nadam
-from benchmarks import byte_kernel
+from benchmarks import byte_kernel, options
 from benchmarks.ahead_of_time import (
     GPT2,
     LARGE,
@@ -210,6 +210,26 @@ def test_diagnostics_read_gradients_and_moments_once_more_and_send_sums(target, 
     else:  # on many, copies of arrays, or one more reading of the moments
         assert 28 < read < 28 + (24.1 if chips > 1 else 12.01)
     assert collectives(logged) == ({"all-reduce": 1} if chips > 1 else {})
+
+
+# The norm reads the gradients once more, caution gradients and m, the clipping of the update gradients and v. A call
+# that accumulates reads and writes mean and params; one that takes a step also params, mean, moments and the update.
+@pytest.mark.parametrize(
+    ("option", "most", "least"),
+    [
+        ("clip_global_norm", 28 + 4, 28 + 4),
+        ("clip_norm, a leaf", 28 + 4, 28 + 4),
+        ("cautious", 28 + 8, 28 + 8),
+        ("clip_update_rms", 28 + 8, 28 + 8),
+        ("accumulate_steps", 28 + 28, 28),
+    ],
+)
+@pytest.mark.parametrize("target", TARGETS)
+def test_options_read_what_they_need_once_more_and_store_nothing(target, option, most, least):
+    step = compiled_step(options.OPTIONS[option], LARGE, mesh_of(target, 1))
+    assert traffic(step) / size(LARGE) == pytest.approx(most, abs=0.01)
+    assert traffic(step, branch=min) / size(LARGE) == pytest.approx(least, abs=0.01)
+    assert step.memory_analysis().temp_size_in_bytes < 0.01 * size(LARGE)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -344,13 +344,13 @@ def test_all_scripts_are_run_and_what_one_lacks_is_said(monkeypatch, capsys):
 
         def main(self, arguments):
             asked.append((self.name, arguments))
-            if self.name == "benchmarks.clipping":
+            if self.name == "benchmarks.options":
                 raise SystemExit("Left out: a reason")
 
     monkeypatch.setattr(importlib, "import_module", Script)
     benchmarks_main.main(["--quick"])
     assert asked == [(f"benchmarks.{name}", ["--quick"]) for name in benchmarks_main.SCRIPTS]
-    assert "# clipping\nLeft out: a reason\n" in capsys.readouterr().out
+    assert "# options\nLeft out: a reason\n" in capsys.readouterr().out
     monkeypatch.setattr(Script, "main", lambda self, arguments: sys.exit(2))
     with pytest.raises(SystemExit):
         benchmarks_main.main(["precision", "--quick"])

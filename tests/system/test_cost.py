@@ -10,7 +10,7 @@ import pytest
 from jax import numpy as jnp
 
 from benchmarks.ahead_of_time import in_place, kernels
-from benchmarks.clipping import CLIP, CLIPPINGS, FACTOR, compiled_step
+from benchmarks.options import OPTIONS, compiled_step
 from benchmarks.tracing import equations_a_leaf, five_steps, leaves, sweep, whole_step
 from optax_nadam import _nadam, _rules, nadam, nadamw, scale_by_nadam
 from tests.reference import RULES
@@ -132,13 +132,23 @@ def test_no_temporary_grows_with_the_leaves(make):
     assert temporaries(512) == temporaries(256) < 1024
 
 
-# The norm reads the gradients once more, 4 bytes. Bytes a parameter and temporaries, as XLA counts them:
-CLIPPED = {CLIP: (68, 4), FACTOR: (48, 0)} if jax.__version_info__ >= (0, 10) else {CLIP: (80, 4), FACTOR: (60, 4)}
+# Beside the 44 bytes of the step: the norm reads the gradients once more; the mask of caution and the squares of the
+# update's clipping take two arrays and are written and read; accumulation reads and writes its mean, in place, and XLA
+# adds up the call that takes a step and the call that does not. Bytes a parameter and temporaries, as XLA counts them:
+COSTS = {
+    "clip_global_norm": (44 + 4, 0),
+    "clip_norm, a leaf": (44 + 4, 0),
+    "cautious": (44 + 8 + 8, 4),
+    "clip_update_rms": (44 + 8 + 8, 4),
+    "accumulate_steps": (44 + 12 + 20, 0),
+}
+if jax.__version_info__ < (0, 10):  # sums were not computed from squares
+    COSTS |= {"clip_global_norm": (60, 4), "clip_norm, a leaf": (60, 4)}
 
 
-@pytest.mark.parametrize(("clipping", "size", "temporaries"), [(name, *bounds) for name, bounds in CLIPPED.items()])
-def test_bytes_and_temporaries_behind_clipping(clipping, size, temporaries):
-    step = compiled(optax.chain(CLIPPINGS[clipping], nadamw(1e-3)), leaf())
+@pytest.mark.parametrize(("option", "size", "temporaries"), [(name, *bounds) for name, bounds in COSTS.items()])
+def test_bytes_and_temporaries_of_options(option, size, temporaries):
+    step = compiled(OPTIONS[option], leaf())
     assert bytes_a_parameter(step) < size + 0.01
     assert temporaries_a_parameter(step) < temporaries + 0.01
 
