@@ -3,10 +3,12 @@
 A moment is an array of its own dtype, or a :class:`Quantized`: a byte for each element and a scale for each row.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
@@ -80,9 +82,30 @@ def average(stored: Moment, new: jax.Array, weight: jax.Array, bits: RandomBits)
       weight: the weight ``w`` of ``y``, of real dtype.
       bits: for stochastic rounding, where the format is narrow.
     """
-    value = _lerp(decode(stored, new.dtype), new, weight)
-    encoded = encode(value, stored, bits)
-    return (decode(encoded, new.dtype) if _is_narrow(stored) else value), encoded
+
+    def step(stored: Moment, new: jax.Array) -> tuple[jax.Array, Moment]:
+        value = _lerp(decode(stored, new.dtype), new, weight)
+        return value, encode(value, stored, bits)
+
+    if isinstance(stored, Quantized):
+        encoded: Moment = _once_on_a_cpu(lambda *moment: step(*moment)[1], bits.seed < 0, stored, new)
+        return decode(encoded, new.dtype), encoded
+    value, encoded = step(stored, new)
+    return (decode(encoded, new.dtype) if stored.dtype == jnp.bfloat16 else value), encoded
+
+
+def _once_on_a_cpu(
+    step: Callable[[Quantized, jax.Array], Quantized], never: jax.Array, stored: Quantized, new: jax.Array
+) -> Quantized:
+    """A step of an 8-bit moment, whose codes XLA:CPU does not compute again in the kernel of the update.
+
+    A branch keeps it from that: the step is one, and the other, which leaves the moment as it is, is never taken.
+    """
+
+    def behind_a_branch(stored: Quantized, new: jax.Array) -> Quantized:
+        return lax.switch(never.astype(jnp.int32), [step, lambda stored, new: stored], stored, new)
+
+    return lax.platform_dependent(stored, new, cpu=behind_a_branch, default=step)
 
 
 def _lerp(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
@@ -102,7 +125,3 @@ def decode(stored: Moment, dtype: DTypeLike) -> jax.Array:
 def encode(value: jax.Array, like: Moment, bits: RandomBits) -> Moment:
     """Numbers in the format of another moment, stochastically rounded where that is narrow."""
     return quantize(value, like, bits) if isinstance(like, Quantized) else round_to(value, like.dtype, bits)
-
-
-def _is_narrow(stored: Moment) -> bool:
-    return stored.dtype == jnp.bfloat16
