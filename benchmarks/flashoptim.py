@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -233,9 +233,9 @@ CASES = {
 class Run(NamedTuple):
     """What a run has come to: the change of the weights, and the moments."""
 
-    change: jax.Array
-    m: jax.Array
-    v: jax.Array
+    change: Any
+    m: Any
+    v: Any
 
 
 def runner(contender: Contender, case: Case, steps: int, dtype: DTypeLike) -> Callable[[jax.Array], Run]:
@@ -371,8 +371,8 @@ def compiled(
 
 
 KERNEL, PLAIN, OURS = PLACES_COLUMNS[1:]
-Makers = dict[str, Callable[[], Contender]]
-MAKERS: Makers = {KERNEL: theirs, PLAIN: functools.partial(theirs, fused=False), OURS: ours}
+Makers = Mapping[str, Callable[[], Contender]]
+MAKERS: dict[str, Callable[[], Contender]] = {KERNEL: theirs, PLAIN: functools.partial(theirs, fused=False), OURS: ours}
 WITHOUT_BITS: Makers = MAKERS | {
     KERNEL: functools.partial(theirs, master_weight_bits=None),
     PLAIN: functools.partial(theirs, fused=False, master_weight_bits=None),
