@@ -7,15 +7,18 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 RESULTS = Path(__file__).parent / "results"
+Rows = list[list[Any]]
+SHORT = 15  # rows of a table that is not folded
 PACKAGES = ("optax_nadam", "jax", "jaxlib", "optax", "numpy")
 
 
@@ -60,13 +63,27 @@ def milliseconds(seconds: list[float]) -> str:
     return f"{middle:.4g} ms ({low:.4g} to {high:.4g})"
 
 
+class Answer(NamedTuple):
+    """What a result says, for the table at the head of the page: one sentence, and a ratio to whatever it names."""
+
+    sentence: str
+    ratio: str = ""
+
+
+def row_of(rows: Rows, *cells: Any) -> list[Any]:
+    """The first row that begins with these cells."""
+    return next(row for row in rows if row[: len(cells)] == list(cells))
+
+
 def save(
     name: str,
     question: str,
     columns: list[str],
-    rows: list[list[Any]],
+    rows: Rows,
     note: str = "",
     *,
+    answer: Callable[[Rows], Answer],
+    picture: Path | None = None,
     backend: str | None = None,
     hardware: str | None = None,
     packages: tuple[str, ...] = (),
@@ -74,7 +91,8 @@ def save(
 ) -> None:
     """Writes a result with its machine, versions and date, prints it, and rewrites the tables; quick, only prints it.
 
-    A result that is not about this machine names its own backend, hardware and further packages.
+    A result that is not about this machine names its own backend, hardware and further packages. The answer is read
+    from the rows; a picture is shown before the table, which then is folded.
     """
     result = {
         "question": question,
@@ -85,9 +103,13 @@ def save(
         "columns": columns,
         "rows": rows,
         "note": note,
+        "picture": picture and f"../{picture.relative_to(RESULTS.parents[1])}",
     }
-    print(table(result), flush=True)
-    if not quick:
+    if quick:
+        print(table(result), flush=True)
+    else:
+        result |= {"answer": answer(rows)._asdict()}
+        print(section(result), flush=True)
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{name}-{backend or jax.default_backend()}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
@@ -106,20 +128,31 @@ def machine() -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A result in Markdown."""
+    """The rows of a result in Markdown."""
+    return "\n".join(
+        [
+            "| " + " | ".join(result["columns"]) + " |",
+            "|" + "---|" * len(result["columns"]),
+            *("| " + " | ".join(map(str, row)) + " |" for row in result["rows"]),
+        ]
+    )
+
+
+def section(result: dict[str, Any]) -> str:
+    """A result in Markdown: the answer, a picture if there is one, and the table, folded where it is long."""
     versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
-    lines = [
-        f"## {result['question']}",
-        "",
-        f"`{result['command']}`, {result['date']}, {result['machine']}; {versions}.",
-        "",
-        "| " + " | ".join(result["columns"]) + " |",
-        "|" + "---|" * len(result["columns"]),
-        *("| " + " | ".join(map(str, row)) + " |" for row in result["rows"]),
-    ]
-    if result["note"]:
-        lines += ["", result["note"]]
-    return "\n".join(lines) + "\n"
+    rows = table(result)
+    if len(result["rows"]) > SHORT or result["picture"]:
+        rows = f"<details><summary>Table</summary>\n\n{rows}\n\n</details>"
+    picture = f"![{result['question']}]({result['picture']})" if result["picture"] else ""
+    made = f"`{result['command']}`, {result['date']}, {result['machine']}; {versions}."
+    parts = [f"## {result['question']}", result["answer"]["sentence"], picture, rows, result["note"], made]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def anchor(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def write_tables() -> None:
@@ -129,6 +162,11 @@ def write_tables() -> None:
         "# Benchmarks\n\n"
         "One script per question. Rivals take turns in one run, on the same arrays, after a warm-up; times are\n"
         "medians with quartiles. The scripts write this page from `results/`. Run one with the command under its\n"
-        'heading, from the root of the repository, with the package installed (`pip install -e ".[test]"`).\n'
+        'table, from the root of the repository, with the package installed (`pip install -e ".[test]"`).\n'
     )
-    (Path(__file__).parent / "README.md").write_text("\n".join([head, *map(table, results)]))
+    first = [
+        [f"[{result['question']}](#{anchor(result['question'])})", *(result["answer"][x] for x in Answer._fields)]
+        for result in results
+    ]
+    answers = table({"columns": ["question", "answer", "ratio"], "rows": first}) + "\n"
+    (Path(__file__).parent / "README.md").write_text("\n".join([head, answers, *map(section, results)]))

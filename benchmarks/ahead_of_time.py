@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 import optax_nadam
-from benchmarks._report import is_quick, save
+from benchmarks._report import Answer, Rows, is_quick, row_of, save
 from benchmarks.step_time import gpt2_small
 from benchmarks.tracing import whole_step
 from tests.reference import RULES
@@ -303,14 +303,34 @@ def rows(target: str) -> Iterator[list[Any]]:
             yield row(f"{name}, {what} gathered", "8192 x 8192, ZeRO-1", compiled, LARGE, several, replicated=True)
 
 
+def answer(rows: Rows) -> Answer:
+    """The traffic beside that of ``optax.nadam``, and what many chips send."""
+    ours, theirs = (row_of(rows, name, "8192 x 8192", 1) for name in PAIR)
+    chips = max(row[2] for row in rows)
+    sent = row_of(rows, ours[0], "8192 x 8192", chips)[6]
+    return Answer(
+        f"To {ours[5]} a leaf, which moves {ours[3]} bytes a parameter; {chips} chips send {sent or 'nothing'}.",
+        f"{float(ours[3]) / float(theirs[3]):.2f} of `optax.nadam`",
+    )
+
+
 def save_compiled(
-    name: str, question: str, columns: list[str], rows: list[list[Any]], note: str, target: str, *, quick: bool = False
+    name: str,
+    question: str,
+    columns: list[str],
+    rows: Rows,
+    note: str,
+    target: str,
+    *,
+    answer: Callable[[Rows], Answer],
+    quick: bool = False,
 ) -> None:
     """Writes a result about compiled programs, which is not about this machine."""
     chips = TARGETS[target]
     packages = (chips.package,)
     backend, hardware = f"for-{target}", chips.hardware
-    save(name, question, columns, rows, note, backend=backend, hardware=hardware, packages=packages, quick=quick)
+    about: Any = {"backend": backend, "hardware": hardware, "packages": packages}
+    save(name, question, columns, rows, note, answer=answer, quick=quick, **about)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -337,6 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             list(itertools.islice(rows(target), 1 if quick else None)),
             NOTES[target],
             target,
+            answer=answer,
             quick=quick,
         )
 

@@ -11,7 +11,16 @@ from jax import numpy as jnp
 
 import optax_nadam
 from benchmarks import ahead_of_time as aot
-from benchmarks._report import interleaved, is_quick, median_and_spread, milliseconds, save
+from benchmarks._report import (
+    Answer,
+    Rows,
+    interleaved,
+    is_quick,
+    median_and_spread,
+    milliseconds,
+    row_of,
+    save,
+)
 from benchmarks.tracing import whole_step
 
 GRADIENTS = 4  # how many make a step where they are accumulated; so many are given in a measured call
@@ -107,6 +116,17 @@ def compiled_for(target: str) -> Iterator[list[Any]]:
         ]
 
 
+def answer(rows: Rows) -> Answer:
+    """The step with each option over the plain one; the second column is the time, or the traffic where compiled."""
+    plain, column = row_of(rows, PLAIN), 2 if len(rows[0]) > 3 else 1
+    names = ("clip_global_norm", "cautious", "clip_update_rms", "accumulate_steps")
+    over = {name: float(row_of(rows, name)[column]) / float(plain[column]) for name in names}
+    return Answer(
+        "A gradient takes " + ", ".join(f"{ratio:.2f} with `{name}`" for name, ratio in over.items()) + ".",
+        f"{max(over.values()):.2f} of the plain step at most",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles for TPU and GPU where the extra ``aot`` is installed, and measures this machine elsewhere."""
     quick = is_quick(__doc__, "small leaves, few steps", arguments)
@@ -119,6 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 list(itertools.islice(compiled_for(target), 1 if quick else None)),
                 COMPILED_NOTE,
                 target,
+                answer=answer,
                 quick=quick,
             )
         return
@@ -128,6 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ["option", "a gradient", "over none", "bytes accessed a parameter", "temporaries a parameter, bytes"],
         list(measured([(64, 64), (64,)], repeats=3) if quick else measured(40 * [(1024, 1024)], repeats=11)),
         NOTE,
+        answer=answer,
         quick=quick,
     )
 

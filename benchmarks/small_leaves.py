@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 import optax_nadam
-from benchmarks._report import interleaved, is_quick, median_and_spread, milliseconds, save
+from benchmarks._report import Answer, Rows, interleaved, is_quick, median_and_spread, milliseconds, save
 from benchmarks.tracing import whole_step
 
 TX = optax_nadam.nadamw(1e-3)
@@ -167,6 +167,12 @@ def rows(number: int, repeats: int) -> Iterator[list[Any]]:
         ]
 
 
+def answer(rows: Rows) -> Answer:
+    """The fastest arrangement."""
+    best = min(rows, key=lambda row: float(row[4]))
+    return Answer(f"Fastest: {best[0]}. Nearly all of the time is the dispatch of the arrays.", f"{best[4]} of bare")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures 1000 leaves of 64 floats."""
     quick = is_quick(__doc__, "ten leaves, few steps", arguments)
@@ -184,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ],
         list(rows(10, repeats=3) if quick else rows(1000, repeats=25)),
         NOTE,
+        answer=answer,
         quick=quick,
     )
 

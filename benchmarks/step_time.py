@@ -22,7 +22,7 @@ import optax
 
 import optax_nadam
 from benchmarks import _rivals
-from benchmarks._report import interleaved, is_quick, milliseconds, save
+from benchmarks._report import Answer, Rows, interleaved, is_quick, milliseconds, save
 from benchmarks._rivals import EPS, LEARNING_RATE, Problem, Rival, Run
 from tests.reference import RULES
 
@@ -274,6 +274,16 @@ def distributions(rivals: Iterable[Rival]) -> tuple[str, ...]:
     return tuple(sorted({names[package][0] for one in rivals for package in one.packages}))
 
 
+def answer(rows: Rows) -> Answer:
+    """Ours beside the other Nadams, on the shapes of GPT-2 small."""
+    times = {row[1]: float(row[3].split(" ")[0]) for row in rows if row[0] == GPT2 and "nadam" in row[1].lower()}
+    others = {name: ratio for name, ratio in times.items() if not name.startswith("optax_nadam")}
+    return Answer(
+        f"{GPT2}: the other Nadams take {min(others.values()):.2f} to {max(others.values()):.2f} of our time.",
+        f"{1 / times[OPTAX]:.2f} of `optax.nadam`",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures one set of leaves after the other, and writes the results so far after each."""
     quick = is_quick(__doc__, "small shapes, few repeats", arguments)
@@ -295,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if quick:
             print(*table, note, sep="\n")
         else:  # after each set, so that a run that is cut short leaves what it has
-            save("step_time", QUESTION, COLUMNS, table, NOTE + note, packages=distributions(present))
+            save("step_time", QUESTION, COLUMNS, table, NOTE + note, answer=answer, packages=distributions(present))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import optax
 from jax import numpy as jnp
 
 import optax_nadam
-from benchmarks._report import interleaved, is_quick, milliseconds, save
+from benchmarks._report import Answer, Rows, interleaved, is_quick, milliseconds, row_of, save
 
 Step = Callable[..., Any]
 Calls = dict[str, Callable[[], None]]  # by what is measured
@@ -230,6 +230,15 @@ def parts(everything: Results, what: str, measure: str, number: int) -> str:
     )
 
 
+def answer(rows: Rows) -> Answer:
+    """The whole step of 1000 leaves, over Optax's."""
+    trace, compiling, first = (row_of(rows, WHOLE, what, 1000)[6] for what in ("trace", "compile", "first call"))
+    return Answer(
+        f"1000 leaves are traced in {trace} of the time of `optax.nadamw`, compiled in {compiling}.",
+        f"{first} of the first call of `optax.nadamw`",
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures 10 to 3000 leaves, which takes some ten minutes, most of it compilation."""
     quick = is_quick(__doc__, "ten to thirty leaves, once", arguments)
@@ -244,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             trace=parts(everything, WHOLE, "trace", 30 if quick else 1000),
             eager=parts(everything, UPDATE, "call outside jit", 20 if quick else 148),
         ),
+        answer=answer,
         quick=quick,
     )
 

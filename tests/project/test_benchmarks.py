@@ -362,14 +362,49 @@ def test_all_scripts_are_run_and_what_one_lacks_is_said(monkeypatch, capsys):
     assert "no such script: no_such" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("quick", [True, False])
-def test_a_quick_result_is_printed_and_not_written(quick, monkeypatch, tmp_path, capsys):
+@pytest.fixture
+def saved(monkeypatch, tmp_path):
+    """Saves a result of some rows in a folder of its own, and returns that folder."""
     monkeypatch.setattr(_report, "__file__", str(tmp_path / "_report.py"))
     monkeypatch.setattr(_report, "RESULTS", tmp_path / "results")
-    _report.save("a_name", "A question?", ["column"], [["a cell"]], quick=quick)
-    assert "| a cell |" in capsys.readouterr().out
-    assert (tmp_path / "results" / "a_name-cpu.json").exists() == (not quick)
-    assert (tmp_path / "README.md").exists() == (not quick)
+
+    def save(name="a_name", question="Is it a question?", rows=1, **options):
+        def answer(rows):
+            return _report.Answer(f"{len(rows)} rows.", rows[0][0])
+
+        _report.save(name, question, ["column"], [[f"cell {k}"] for k in range(rows)], answer=answer, **options)
+        return tmp_path
+
+    return save
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_quick_result_is_printed_and_not_written(quick, saved, capsys):
+    folder = saved(quick=quick)
+    assert "| cell 0 |" in capsys.readouterr().out
+    assert (folder / "results" / "a_name-cpu.json").exists() == (not quick)
+    assert (folder / "README.md").exists() == (not quick)
+
+
+def test_the_page_begins_with_the_answers_each_with_a_link_to_its_section(saved):
+    saved()
+    page = (saved("b_name", "And on TPU, for 2?", rows=40) / "README.md").read_text()
+    head, *sections = page.split("\n## ")
+    assert "| [Is it a question?](#is-it-a-question) | 1 rows. | cell 0 |\n" in head
+    assert "| [And on TPU, for 2?](#and-on-tpu-for-2) | 40 rows. | cell 0 |\n" in head
+    assert ["<details>" in section for section in sections] == [False, True]  # a long table is folded
+    assert all("rows.\n\n" in section for section in sections)
+
+
+def test_a_picture_stands_before_its_table_which_is_folded(saved, tmp_path, monkeypatch):
+    page = (saved(picture=tmp_path.parent / "docs" / "p.png") / "README.md").read_text()
+    assert "![Is it a question?](../docs/p.png)\n\n<details>" in page
+
+
+def test_every_result_has_an_answer():
+    for path in _report.RESULTS.glob("*.json"):
+        result = json.loads(path.read_text())
+        assert result["answer"]["sentence"].endswith("."), path.name
 
 
 def test_the_stages_of_a_first_call_add_up():
