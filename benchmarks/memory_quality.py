@@ -321,9 +321,9 @@ def answer(rows: _report.Rows) -> _report.Answer:
     task = rows[0][0]
     alone, compensated_ = (_report.row_of(rows, task, form.name)[4].split(";")[0] for form in OFFERED[:2])
     return _report.Answer(
-        f"No more than this: the loss of the {task} is {alone} of float32's with 8-bit moments, {compensated_} with"
-        " compensated bfloat16 weights too.",
-        f"{alone} of float32's loss",
+        f"The train loss of the {task} is {alone} of float32's with 8-bit moments, {compensated_} with compensated"
+        " bfloat16 weights too.",
+        f"{alone.split(' ')[0]} of float32's loss",
     )
 
 

@@ -49,7 +49,7 @@ def answer(rows: Rows) -> Answer:
     ours = max(float(row[1]) for row in rows if row[0] != "optax.nadam")
     return Answer(
         f"The worst update of any rule is {ours:.1e} off, that of `optax.nadam` {theirs:.1e}.",
-        f"{ours / theirs:.2f} of `optax.nadam`",
+        f"1 / {theirs / ours:.0f} of `optax.nadam`",
     )
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import re
 import typing
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -127,3 +129,53 @@ def test_numbers_and_arrays_give_the_same_coefficients(rule):
         ):
             np.testing.assert_allclose(got, expected, rtol=3e-7)
             assert got.dtype == expected.dtype == jnp.float32
+
+
+def of_latex(formula, t, names):
+    """The value of a formula as the tables of the rules have it."""
+    text = re.sub(r"\\sqrt\{((?:[^{}]|\{[^{}]*\})*)\}", r"sqrt(\1)", formula.strip("$ "))
+    group = r"\{((?:[^{}]|\{[^{}]*\})*)\}"
+    text = re.sub(rf"\\frac{group}{group}", r"((\1)/(\2))", text)
+    for latex, python in {
+        r"\,": " ",
+        r"\beta_1": "b1",
+        r"\beta_2": "b2",
+        r"\mu_{t+1}": "next_mu",
+        r"\mu_t": "mu",
+        "P_{t+1}": "next_product",
+        "P_t": "product",
+        r"\varepsilon": "eps",
+        "^{t+1}": "**(t+1)",
+        "^t": "**t",
+    }.items():
+        text = text.replace(latex, python)
+    return eval(re.sub(r"(?<=\w) +(?=\w)", "*", text), {"sqrt": math.sqrt, "t": t, **names})
+
+
+def tables():
+    """The table of rules in the docstring and that of the maths page: names, and formulas of cg, cm and cv."""
+    docstring = re.findall(r"^ *``(\w+)`` +:math:(.+)$", optax_nadam.scale_by_nadam.__doc__ or "", re.MULTILINE)
+    yield "docstring", {name: re.findall(r"`([^`]+)`", "`" + cells.lstrip("`")) for name, cells in docstring}
+    page = (Path(__file__).parents[1] / "docs" / "maths.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \|$", page, re.MULTILINE)
+    yield "page", {name: cells.split(" | ") for name, cells in rows}
+
+
+@pytest.mark.parametrize(("where", "formulas"), list(tables()))
+@pytest.mark.parametrize("rule", _rules.RULES)
+def test_the_tables_of_the_rules_have_the_formulas_of_the_code(where, formulas, rule):
+    assert tuple(formulas) == tuple(_rules.RULES)
+    h = _rules.Hyperparameters(0.9, 0.99, 1e-3, 0.0, 0.3)
+    scheduled = [0.9 * (1 - 0.5 * 0.96 ** (0.3 * k)) for k in range(1, 9)]
+    mu = scheduled if _rules.RULES[rule].warmup else 8 * [0.9]
+    product, next_product = math.prod(mu[:7]), math.prod(mu)
+    if rule == "loss_scaled":
+        product, next_product = mu[6], mu[6] * mu[7]
+    names = {"b1": 0.9, "b2": 0.99, "eps": 1e-3, "mu": mu[6], "next_mu": mu[7]}
+    names |= {"product": product, "next_product": next_product}
+    _, c = _rules.scalars_of_step(_rules.RULES[rule], jnp.int32(7), jnp.float32(math.prod(mu[:6])), h)
+    got = {"cg": c.cg, "cm": c.cm, "cv": c.cv}
+    if where == "page":
+        got = {"a": 1 - c.m_weight, **got, "eps": c.eps}
+    expected = [of_latex(formula, 7, names) for formula in formulas[rule]]
+    np.testing.assert_allclose(list(got.values()), expected, rtol=1e-5)

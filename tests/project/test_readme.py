@@ -35,4 +35,4 @@ def test_the_code_of_the_readme_runs():
 def test_code_comes_before_line_20_and_it_is_short():
     lines = README.splitlines()
     assert "```python" in lines[:20]
-    assert len(lines) < 150
+    assert len(lines) <= 100
