@@ -231,13 +231,13 @@ def traffic(compiled: Any) -> int:
     total = 0
     for type_, operation, operands in instructions(compiled):
         if operation in _FETCHED | _TYPED_BY_BOTH:
-            total += _bytes(type_)
+            total += bytes_of(type_)
         elif operation not in _NO_WORK:
-            total += sum(_bytes(x, on_chip=False) for x in (type_, *operands))
+            total += sum(bytes_of(x, on_chip=False) for x in (type_, *operands))
     return total
 
 
-def _bytes(type_: str, on_chip: bool = True) -> int:
+def bytes_of(type_: str, on_chip: bool = True) -> int:
     """The size of the arrays of a type, with or without those in the chip's own memory."""
     return sum(
         math.prod(map(int, shape.split(","))) * int(bits or 8) // 8
