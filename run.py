@@ -26,7 +26,8 @@ SHARED = ["-n", "2", "--dist", "worksteal"]  # over two processes; "-n 0" passed
 TIMM = ["-m", "pip", "install", "-q", "--no-deps", "timm==1.0.31"]  # it asks for torchvision; its optimizers do not
 ELSEWHERE = [*PYTEST, "-o", "addopts=--strict-markers --strict-config --import-mode=importlib -ra"]
 QUICK = ["-m", "benchmarks", "--quick"]
-COMPILED = ["ahead_of_time", "byte_kernel", "clipping", "host_memory", "memory_formats"]  # what the compilers for TPU and GPU change
+# What the compilers for TPU and GPU change.
+COMPILED = ["ahead_of_time", "byte_kernel", "clipping", "host_memory", "memory_formats"]
 TASKS: dict[str, tuple[str, list[list[str]]]] = {
     "tests": ("test", [[*PYTEST, *SHARED]]),
     "example": ("examples", [["examples/train_digits.py"]]),
