@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import importlib
 import importlib.metadata
 import json
 import os
@@ -99,7 +100,7 @@ def save(
         "command": f"python -m benchmarks.{name}",
         "date": datetime.date.today().isoformat(),
         "machine": hardware or machine(),
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES + packages},
+        "versions": {package: version(package) for package in PACKAGES + packages},
         "columns": columns,
         "rows": rows,
         "note": note,
@@ -114,6 +115,14 @@ def save(
         path = RESULTS / f"{name}-{backend or jax.default_backend()}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
         write_tables()
+
+
+def version(package: str) -> str:
+    """Of an installed package, or of one that is only on the path."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return str(importlib.import_module(package).__version__)
 
 
 def machine() -> str:

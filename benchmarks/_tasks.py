@@ -10,16 +10,25 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 from jax.typing import ArrayLike
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
-WIDTH, HEADS, LAYERS, CONTEXT = 64, 4, 2, 32
 SMOOTHING = 0.1  # of the labels of the digits; without it the loss would go to zero, faster at a higher learning rate
 MEASURED = 1024  # windows of each part of the text that the final loss is taken over
 
 Params = Any
 Activation = Callable[[jax.Array], jax.Array]
 Batch = tuple[jax.Array, jax.Array]  # inputs and labels
+
+
+class Sizes(NamedTuple):
+    """Of a transformer: width, number of heads and of layers, and the length of the texts it sees."""
+
+    width: int
+    heads: int
+    layers: int
+    context: int
+
+
+SMALL = Sizes(64, 4, 2, 32)
 
 
 class Task(NamedTuple):
@@ -59,17 +68,17 @@ def language_model(activation: Activation = jax.nn.relu) -> Task:
     learnt = jnp.asarray(seen)
 
     def loss(params: Params, batch: Batch) -> jax.Array:
-        logits = _next_byte(params, batch[0], activation)
+        logits = next_token(params, batch[0], activation, SMALL.heads)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
     def draw(key: jax.Array) -> Batch:
-        return _windows(learnt, jax.random.randint(key, (16,), 0, len(learnt) - CONTEXT))
+        return windows(learnt, jax.random.randint(key, (16,), 0, len(learnt) - SMALL.context), SMALL.context)
 
     return Task(
         name="language model",
         steps=1000,
         peak=8e-3,
-        init=lambda key: _transformer(key, len(alphabet)),
+        init=lambda key: transformer(key, len(alphabet), SMALL),
         loss=loss,
         draw=draw,
         train=_spread(learnt),
@@ -80,6 +89,9 @@ def language_model(activation: Activation = jax.nn.relu) -> Task:
 
 def digits() -> Task:
     """The network of ``examples/train_digits.py`` on the same digits."""
+    from sklearn.datasets import load_digits  # here, so that the language models need jax and optax alone
+    from sklearn.model_selection import train_test_split
+
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).reshape(-1, 8, 8, 1).astype(np.float32)
     parts = train_test_split(images, labels.astype(np.int32), test_size=0.25, stratify=labels, random_state=0)
@@ -106,15 +118,16 @@ def _smooth(labels: ArrayLike) -> jax.Array:
     return optax.smooth_labels(jax.nn.one_hot(labels, 10), SMOOTHING)
 
 
-def _windows(text: jax.Array, starts: jax.Array) -> Batch:
-    """Pieces of a text, and the byte after each of their bytes."""
-    pieces = text[starts[:, None] + jnp.arange(CONTEXT + 1)]
+def windows(text: jax.Array, starts: jax.Array, context: int) -> Batch:
+    """Pieces of a text, and the token after each of their tokens."""
+    pieces = text[starts[:, None] + jnp.arange(context + 1)]
     return pieces[:, :-1], pieces[:, 1:]
 
 
 def _spread(text: jax.Array) -> Batch:
     """Windows evenly spaced over a text."""
-    return _windows(text, jnp.asarray(np.linspace(0, len(text) - CONTEXT - 1, MEASURED).astype(np.int32)))
+    starts = np.linspace(0, len(text) - SMALL.context - 1, MEASURED).astype(np.int32)
+    return windows(text, jnp.asarray(starts), SMALL.context)
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...], gain: float = 1.0) -> jax.Array:
@@ -122,42 +135,50 @@ def _normal(key: jax.Array, shape: tuple[int, ...], gain: float = 1.0) -> jax.Ar
     return gain * math.prod(shape[:-1]) ** -0.5 * jax.random.normal(key, shape)
 
 
-def _transformer(key: jax.Array, alphabet_size: int) -> Params:
+def transformer(key: jax.Array, vocabulary: int, sizes: Sizes) -> Params:
+    """The first weights of a transformer without biases, its embedding and its head apart."""
+    width = sizes.width
+
     def block(key: jax.Array) -> Params:
         mix, out, up, down = jax.random.split(key, 4)
         return {
-            "mix": _normal(mix, (WIDTH, 3 * WIDTH)),
-            "out": _normal(out, (WIDTH, WIDTH), 0.5),
-            "up": _normal(up, (WIDTH, 4 * WIDTH)),
-            "down": _normal(down, (4 * WIDTH, WIDTH), 0.5),
-            "gains": jnp.ones((2, WIDTH)),
+            "mix": _normal(mix, (width, 3 * width)),
+            "out": _normal(out, (width, width), 0.5),
+            "up": _normal(up, (width, 4 * width)),
+            "down": _normal(down, (4 * width, width), 0.5),
+            "gains": jnp.ones((2, width)),
         }
 
-    embed, position, head, *blocks = jax.random.split(key, 3 + LAYERS)
+    embed, position, head, *blocks = jax.random.split(key, 3 + sizes.layers)
     return {
-        "embed": _normal(embed, (alphabet_size, WIDTH)),
-        "position": _normal(position, (CONTEXT, WIDTH), 0.5),
+        "embed": _normal(embed, (vocabulary, width)),
+        "position": _normal(position, (sizes.context, width), 0.5),
         "blocks": [block(key) for key in blocks],
-        "gain": jnp.ones(WIDTH),
-        "head": _normal(head, (WIDTH, alphabet_size)),
+        "gain": jnp.ones(width),
+        "head": _normal(head, (width, vocabulary)),
     }
 
 
-def _next_byte(params: Params, x: jax.Array, activation: Activation) -> jax.Array:
-    """Logits for the byte after each."""
+def next_token(params: Params, x: jax.Array, activation: Activation, heads: int) -> jax.Array:
+    """Logits for the token after each."""
     h = params["embed"][x] + params["position"]
     for block in params["blocks"]:
-        h = h + _attention(_scaled(h, block["gains"][0]) @ block["mix"]) @ block["out"]
-        h = h + activation(_scaled(h, block["gains"][1]) @ block["up"]) @ block["down"]
-    return _scaled(h, params["gain"]) @ params["head"]
+        h = layer(h, block, activation, heads)
+    return scaled(h, params["gain"]) @ params["head"]
 
 
-def _attention(mixed: jax.Array) -> jax.Array:
-    query, key, value = (x.reshape(*x.shape[:2], HEADS, -1) for x in jnp.split(mixed, 3, axis=-1))
+def layer(h: jax.Array, block: Params, activation: Activation, heads: int) -> jax.Array:
+    """Attention and then a perceptron, each added to what it reads."""
+    h = h + _attention(scaled(h, block["gains"][0]) @ block["mix"], heads) @ block["out"]
+    return h + activation(scaled(h, block["gains"][1]) @ block["up"]) @ block["down"]
+
+
+def _attention(mixed: jax.Array, heads: int) -> jax.Array:
+    query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in jnp.split(mixed, 3, axis=-1))
     return jax.nn.dot_product_attention(query, key, value, is_causal=True).reshape(*mixed.shape[:2], -1)
 
 
-def _scaled(h: jax.Array, gain: jax.Array) -> jax.Array:
+def scaled(h: jax.Array, gain: jax.Array) -> jax.Array:
     """RMS normalization."""
     return gain * h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + 1e-6)
 

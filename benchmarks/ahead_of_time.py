@@ -243,15 +243,15 @@ def traffic(compiled: Any, computation: str = "ENTRY", branch: Callable[[Iterabl
     total = 0
     for type_, operation, operands, branches in instructions(compiled, computation):
         if operation in _FETCHED | _TYPED_BY_BOTH:
-            total += _bytes(type_)
+            total += bytes_of(type_)
         elif operation not in _NO_WORK:
-            total += sum(_bytes(x, on_chip=False) for x in (type_, *operands))
+            total += sum(bytes_of(x, on_chip=False) for x in (type_, *operands))
         elif branches:
             total += branch(traffic(compiled, name, branch) for name in branches)
     return total
 
 
-def _bytes(type_: str, on_chip: bool = True) -> int:
+def bytes_of(type_: str, on_chip: bool = True) -> int:
     """The size of the arrays of a type, with or without those in the chip's own memory."""
     return sum(
         math.prod(map(int, shape.split(","))) * int(bits or 8) // 8

@@ -22,7 +22,8 @@ from benchmarks._report import (
     row_of,
     save,
 )
-from benchmarks.step_time import gpt2_small
+from benchmarks._rivals import in_a_loop
+from benchmarks.step_time import LOOP, gpt2_small
 from benchmarks.tracing import whole_step
 
 INT8: Any = {"m_dtype": "int8", "v_dtype": "int8"}
@@ -63,10 +64,15 @@ FORMATS = [
 COLUMNS = ["moments", "weights and gradients"]
 NOTE = """\
 The shapes of GPT-2 small, the whole step of `nadamw`, params and state donated. The state is all arrays of the
-optimizer. XLA's bytes and temporaries are of the program for the CPU, which has a kernel for each result and recomputes
-the codes in each; so int8 takes long. Ratios are to float32 in the same rounds; the first row is the same program, so
+optimizer. {programs} Ratios are to float32 in the same rounds; the first row is the same program, so
 its distance from 1 is noise. `optax.nadamw` in bfloat16 rounds moments and weights to the nearest. Compensated weights
 have 24 bits, or all of float32's 32 with int16."""
+ON_CPU = """\
+XLA's bytes and temporaries are of the program for the CPU, which has a kernel for each result and recomputes
+the codes in each; so int8 takes long."""
+ON_DEVICE = f"""\
+Timed are {LOOP} steps as one program, since the host takes longer to start a step of so many arrays than the device to
+take it; the time is that of one. Temporaries, and bytes where XLA counts them, are of a single step."""
 COMPILED_NOTE = """\
 One leaf of 8192 x 8192, one chip, the whole step of `nadamw`, compiled ahead of time and not run; needs the extra
 `aot`. Traffic is what passes between the chip and its memory: 6 bytes for bfloat16 weights and gradients, 12 for
@@ -81,40 +87,46 @@ def arrays(shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> list[jax.Arra
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def running(format_: Format, shapes: Sequence[tuple[int, ...]]) -> tuple[Callable[[], Any], Any, int]:
-    """A step that continues from the last one, its executable, and the bytes of its state."""
+def running(format_: Format, shapes: Sequence[tuple[int, ...]], looped: int) -> tuple[Callable[[], Any], Any, int]:
+    """A step that continues from the last one, or so many in a loop; one as a program; the bytes of its state."""
     params, grads = (arrays(shapes, format_.weights) for _ in range(2))
     state = jax.jit(format_.tx.init)(params)
     stored = sum(x.nbytes for x in jax.tree.leaves(state))
-    step = jax.jit(whole_step(format_.tx, apply=True), donate_argnums=(0, 1))
-    executable = step.lower(params, state, grads).compile()
+    one = whole_step(format_.tx, apply=True)
+    single = run = jax.jit(one, donate_argnums=(0, 1)).lower(params, state, grads).compile()
+    rest: tuple[Any, ...] = (grads,)
+    if looped:
+        rest = grads, jnp.ones(looped, format_.weights)
+        run = jax.jit(in_a_loop(one), donate_argnums=(0, 1)).lower(params, state, *rest).compile()
     carry = [params, state]
 
     def call() -> Any:
-        carry[:] = executable(*carry, grads)
+        carry[:] = run(*carry, *rest)
         return jax.block_until_ready(carry[0])
 
-    return call, executable, stored
+    return call, single, stored
 
 
-def measured(shapes: Sequence[tuple[int, ...]], repeats: int) -> Iterator[list[Any]]:
+def measured(shapes: Sequence[tuple[int, ...]], repeats: int, looped: int = 0) -> Iterator[list[Any]]:
     """Memory and time of every format on this machine, a few at a time so that all fit."""
     size = sum(map(math.prod, shapes))
     for some in (FORMATS[:3], FORMATS[3:6], FORMATS[6:9], FORMATS[9:]):
         plain = Format("reference", jnp.float32, optax_nadam.nadamw(1e-3))
-        ready = {k: running(format_, shapes) for k, format_ in enumerate([plain, *some])}
-        seconds = interleaved({str(k): call for k, (call, _, _) in ready.items()}, repeats)
-        whole = median_and_spread(seconds["0"])[0]
+        ready = {k: running(format_, shapes, looped) for k, format_ in enumerate([plain, *some])}
+        calls = interleaved({str(k): call for k, (call, _, _) in ready.items()}, repeats)
+        seconds = {k: [x / max(1, looped) for x in calls[str(k)]] for k in ready}
+        whole = median_and_spread(seconds[0])[0]
         for k, format_ in enumerate(some, start=1):
             _, executable, stored = ready[k]
+            counted = (executable.cost_analysis() or {}).get("bytes accessed")
             yield [
                 format_.name,
                 jnp.dtype(format_.weights).name,
                 f"{stored / size:.3f}",
                 f"{executable.memory_analysis().temp_size_in_bytes / size:.2f}",
-                f"{executable.cost_analysis()['bytes accessed'] / size:.1f}",
-                milliseconds(seconds[str(k)]),
-                f"{median_and_spread(seconds[str(k)])[0] / whole:.2f}",
+                f"{counted / size:.1f}" if counted else "not counted",
+                milliseconds(seconds[k]),
+                f"{median_and_spread(seconds[k])[0] / whole:.2f}",
             ]
 
 
@@ -161,7 +173,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 quick=quick,
             )
         return
-    rows = list(measured([(64, 64), (2048,)] if quick else gpt2_small(), repeats=3 if quick else 11))
+    cpu = jax.default_backend() == "cpu"
+    shapes = [(64, 64), (2048,)] if quick else gpt2_small()
+    rows = list(measured(shapes, repeats=3 if quick else 11, looped=0 if cpu else LOOP))
     save(
         "memory_formats",
         "How much do the formats of moments and weights take?",
@@ -174,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "over float32's",
         ],
         rows,
-        NOTE,
+        NOTE.format(programs=ON_CPU if cpu else ON_DEVICE),
         answer=answer,
         quick=quick,
     )

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_nadam import _validation as validation
-from optax_nadam._leaves import dtype_of, zeros_like
+from optax_nadam._leaves import dtype_of, in_device_memory, zeros_like
 from optax_nadam._rounding import RandomBits
 from optax_nadam._state import map_nodes, placed_like, the_node
 
@@ -157,7 +157,7 @@ def master_params(opt_state: Any, params: optax.Params) -> optax.Params:
     """
     remainder = the_node("opt_state", opt_state, CompensatedState).remainder
     _check_params(params, remainder)
-    return jax.tree.map(_master, params, remainder)
+    return jax.tree.map(lambda p, r: _master(p, jax.tree.map(in_device_memory, r)), params, remainder)
 
 
 def set_master_params(opt_state: Any, weights: optax.Params) -> tuple[optax.Params, Any]:
@@ -272,7 +272,7 @@ def _stored_param(target: jax.Array, remainder: Any) -> jax.Array:
     if not _is_compensated(remainder):
         return target
     param = _nearest(target).astype(jnp.bfloat16)
-    return param if remainder is None else placed_like(param, remainder)
+    return param if remainder is None else in_device_memory(placed_like(param, remainder))
 
 
 def _stored_remainder(target: jax.Array, remainder: Any) -> Any:

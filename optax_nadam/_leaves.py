@@ -47,3 +47,23 @@ def zeros_like(param: Any, dtype: DTypeLike) -> jax.Array:
         return jnp.zeros_like(param, dtype=dtype)
     real = jnp.real(param)
     return (real < real).astype(dtype)
+
+
+def in_device_memory(x: Any) -> Any:
+    """The array in the memory that its devices compute in, to which what lies in host memory must be moved first."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or x.sharding.memory_kind is None:
+        return x
+    device: Any = next(iter(x.sharding.device_set))
+    return _in_memory(device.default_memory().kind, x)
+
+
+def in_memory_of(like: Any, x: jax.Array) -> jax.Array:
+    """The array, computed from ``like``, in the kind of memory that ``like`` is in."""
+    if isinstance(x, jax.core.Tracer) or not isinstance(like, jax.Array) or like.sharding.memory_kind is None:
+        return x
+    return _in_memory(like.sharding.memory_kind, x)
+
+
+def _in_memory(kind: str, x: jax.Array) -> jax.Array:
+    """The array in a kind of memory of its own devices; one that is there already stays as free to move as it was."""
+    return x if x.sharding.memory_kind == kind else jax.device_put(x, x.sharding.with_memory_kind(kind))

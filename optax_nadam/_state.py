@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_nadam import _validation as validation
-from optax_nadam._leaves import complex_like, compute_dtype
+from optax_nadam._leaves import complex_like, compute_dtype, in_device_memory, in_memory_of
 from optax_nadam._moments import Moment, decode, encode, parse_format, zero_m, zero_v
 from optax_nadam._quantized import Quantized, as_quantized, is_quantized
 from optax_nadam._rounding import RandomBits
@@ -182,7 +182,7 @@ def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DType
       v_dtype: the format of the second moments. Both are required, so that neither changes by accident.
 
     Returns:
-      A new state, for the optimizer with these formats.
+      A new state, for the optimizer with these formats; what was in host memory still is.
 
     Raises:
       ValueError: a format that is not offered, or no Nadam state in ``opt_state``.
@@ -203,9 +203,10 @@ def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DType
 
     def convert(node: ScaleByNadamState) -> ScaleByNadamState:
         state = get_state(node)
+        count = in_device_memory(state.count)
         return state._replace(
-            m=_converted(state.m, lambda x: zero_m(x, m_format), RandomBits.for_m(state.count)),
-            v=_converted(state.v, lambda x: zero_v(x, v_format), RandomBits.for_v(state.count)),
+            m=_converted(state.m, lambda x: zero_m(x, m_format), RandomBits.for_m(count)),
+            v=_converted(state.v, lambda x: zero_v(x, v_format), RandomBits.for_v(count)),
         )
 
     return map_nodes(convert, opt_state, ScaleByNadamState)
@@ -217,15 +218,17 @@ def _converted(moments: Any, zero: Callable[[jax.Array], Moment], bits: RandomBi
     def convert(stored: Moment) -> Moment:
         value = numbers_of(stored)
         like = zero(value)
-        both_8_bit = isinstance(stored, Quantized) and isinstance(like, Quantized)
-        return stored if both_8_bit else encode(value, like, bits)
+        if isinstance(stored, Quantized) and isinstance(like, Quantized):
+            return stored
+        (memory, *_) = jax.tree.leaves(stored)
+        return jax.tree.map(functools.partial(in_memory_of, memory), encode(value, like, bits))
 
     return jax.tree.map(convert, moments, is_leaf=is_quantized)
 
 
 def numbers_of(stored: Moment) -> jax.Array:
-    """The numbers of a moment, in the dtype they are computed in."""
-    return decode(stored, complex_like(compute_dtype(stored), stored))
+    """The numbers of a moment, in the dtype they are computed in, and in device memory."""
+    return decode(jax.tree.map(in_device_memory, stored), complex_like(compute_dtype(stored), stored))
 
 
 def put_state(opt_state: Any, *, count: int, mu_product: float, m: Any, v: Any) -> Any:
@@ -261,7 +264,7 @@ def _encoded(moments: Any, like: Any, bits: RandomBits) -> Any:
 
     def encode_copy(x: Any, like: Moment) -> Moment:
         # A copy: jnp.asarray may share the memory of an array that its framework updates in place.
-        encoded = encode(jnp.array(x, complex_like(compute_dtype(like), like)), like, bits)
+        encoded = encode(jnp.array(in_device_memory(x), complex_like(compute_dtype(like), like)), like, bits)
         return jax.tree.map(placed_like, encoded, like)
 
     return jax.tree.map(encode_copy, moments, like)

@@ -7,7 +7,16 @@ import pytest
 from jax import numpy as jnp
 
 from optax_nadam import nadamw
-from optax_nadam._leaves import abs_squared, complex_like, compute_dtype, dtype_of, is_complex, zeros_like
+from optax_nadam._leaves import (
+    abs_squared,
+    complex_like,
+    compute_dtype,
+    dtype_of,
+    in_device_memory,
+    in_memory_of,
+    is_complex,
+    zeros_like,
+)
 
 
 @pytest.mark.parametrize(
@@ -61,3 +70,15 @@ def test_zeros_are_zeros_of_nan_and_infinity_too(compiled):
 
 def test_squares_of_complex_numbers_are_real():
     chex.assert_trees_all_equal(abs_squared(jnp.asarray([3 + 4j], jnp.complex64)), jnp.asarray([25.0], jnp.float32))
+
+
+def test_an_array_moves_between_memories_only_where_it_is_in_another():
+    x = jnp.arange(3.0)
+    *_, kind = (memory.kind for memory in jax.devices()[0].addressable_memories())  # the only one before JAX 0.7.2
+    there = jax.device_put(x, x.sharding.with_memory_kind(kind))
+    assert in_device_memory(x) is x
+    assert not in_device_memory(x).committed  # free to move to another device, as before
+    assert in_device_memory(there).sharding.memory_kind == x.sharding.memory_kind
+    assert in_memory_of(there, x).sharding.memory_kind == kind
+    assert in_memory_of(x, x) is x
+    assert in_memory_of(np.zeros(3), x) is x

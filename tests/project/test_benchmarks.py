@@ -3,10 +3,12 @@
 import dataclasses
 import functools
 import importlib
+import importlib.machinery
 import json
 import math
 import re
 import sys
+import types
 from pydoc_data.topics import topics
 
 import chex
@@ -16,7 +18,17 @@ import optax
 import pytest
 
 from benchmarks import __main__ as benchmarks_main
-from benchmarks import _report, _rivals, byte_kernel, convergence, memory_formats, precision, step_time, tracing
+from benchmarks import (
+    _report,
+    _rivals,
+    ahead_of_time,
+    byte_kernel,
+    convergence,
+    memory_formats,
+    precision,
+    step_time,
+    tracing,
+)
 from benchmarks._rivals import Problem, Rival, Run
 from benchmarks.convergence import ADAM, DEFAULT, SGD, Runs, Study
 from benchmarks.step_time import FLAT, FOREACH, FUSED, GPT2, LOOPED, OPTAX, OURS, RESNET, SMALL, Outcome
@@ -130,6 +142,48 @@ def test_no_comparison_across_kinds_of_device(monkeypatch, ours, theirs):
     rival = dataclasses.replace(RIVALS[0], packages=("optax",), has_gpu=lambda: theirs)
     same = theirs == (ours == "gpu")
     assert rival.left_out() == (None if same else "optax and jax would not be on the same device")
+
+
+class Torch(types.ModuleType):
+    """As much of torch as takes part, on a device that only writes down what it is asked."""
+
+    def __init__(self):
+        """There is a GPU for it."""
+        super().__init__("torch")
+        self.__spec__ = importlib.machinery.ModuleSpec("torch", None)
+        self.asked: list[tuple[str, ...]] = []
+        self.cuda = types.SimpleNamespace(is_available=lambda: True)
+        self.nn = types.SimpleNamespace(Parameter=lambda tensor: tensor)
+        self.optim = types.SimpleNamespace(NAdam=self.optimizer, AdamW=self.optimizer)
+
+    def tensor(self, x, device):
+        """An array on a device."""
+        self.asked.append(("tensor", device))
+        return types.SimpleNamespace(x=x, copy_=lambda other: self.asked.append(("copy",)))
+
+    def optimizer(self, params, **options):
+        """One of any kind."""
+        assert all(p.grad is not None for p in params)
+        return types.SimpleNamespace(step=lambda: self.asked.append(("step", *sorted(options))))
+
+    def get_device_module(self, device):
+        """What is waited for."""
+        return types.SimpleNamespace(synchronize=lambda: self.asked.append(("wait", device)))
+
+
+@pytest.mark.parametrize("name", [FOREACH, FUSED, step_time.SINGLE, "copy: copy_, torch"])
+def test_beside_a_gpu_torch_is_on_it_and_is_waited_for(monkeypatch, name):
+    """No GPU needed: which device is asked for what."""
+    torch = Torch()
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (rival,) = (one for one in RIVALS if one.name == name)
+    assert rival.left_out() is None
+    step_time.take(rival.start(Problem.of([(4,), (2, 3)])), 3)
+    tensors = [call for call in torch.asked if call[0] == "tensor"]
+    assert tensors == [("tensor", "cuda")] * (2 if rival.updates is None else 4)
+    assert [call[0] for call in torch.asked[len(tensors) :]] == [torch.asked[-2][0]] * 3 + ["wait"]
+    assert torch.asked[-1] == ("wait", "cuda")
 
 
 def test_groups_fit_and_share_the_first_two():
@@ -448,6 +502,28 @@ def test_memory_formats_keep_what_they_say():
     assert kept["int8", "float32"] < 2.07
     assert kept["int8, compensated", "bfloat16"] < 3.07
     assert kept["int8, compensated by int16", "bfloat16"] < 4.07
+
+
+def test_beside_a_gpu_formats_are_timed_in_a_loop_and_bytes_may_be_missing(short, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(ahead_of_time, "installed", lambda: False)
+    monkeypatch.setattr(memory_formats, "FORMATS", memory_formats.FORMATS[:2])
+    monkeypatch.setattr(memory_formats, "gpt2_small", lambda: [(64, 64)])
+    monkeypatch.setattr(jax.stages.Compiled, "cost_analysis", lambda self: None)
+    timed = []
+
+    def once(calls, repeats):
+        for call in calls.values():
+            call()
+        timed.append(len(calls))
+        return {name: [0.02] * repeats for name in calls}
+
+    monkeypatch.setattr(memory_formats, "interleaved", once)
+    memory_formats.main([])
+    rows = json.loads((short / "results" / "memory_formats-gpu.json").read_text())["rows"]
+    assert [row[-3:] for row in rows] == 2 * [["not counted", "1 ms (1 to 1)", "1.00"]]
+    assert f"{step_time.LOOP} steps as one program" in capsys.readouterr().out
+    assert timed[0] == 3
 
 
 FEW = {name: convergence.OPTIMIZERS[name] for name in (DEFAULT, "constant", ADAM, SGD)}

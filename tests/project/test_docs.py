@@ -18,6 +18,8 @@ from tests import reference
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md"))
+if jax.__version_info__ < (0, 10, 2):  # where a program for processors has one kind of memory
+    PAGES.remove("offload.md")
 MODULES = [
     optax_nadam,
     optax_nadam.diagnostics,

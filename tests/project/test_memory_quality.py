@@ -40,7 +40,9 @@ def test_a_byte_is_predicted_from_those_before_it_alone(rng):
     params, (text, following) = weights(rng, task.init), jax.tree.map(lambda x: x[:2], task.train)
     np.testing.assert_array_equal(text[:, 1:], following[:, :-1])
     for place in (0, 20):
-        logits, others = (_tasks._next_byte(params, x, jax.nn.gelu) for x in (text, text.at[:, place].add(1)))
+        logits, others = (
+            _tasks.next_token(params, x, jax.nn.gelu, _tasks.SMALL.heads) for x in (text, text.at[:, place].add(1))
+        )
         changed = np.any(logits != others, axis=-1)
         assert not changed[:, :place].any()
         assert changed[:, place:].all()

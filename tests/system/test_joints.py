@@ -19,6 +19,7 @@ pytestmark = pytest.mark.lenient("Optax's transformations mix dtypes")
 CONFIG = NadamConfig(learning_rate=0.1, rule="constant", eps=1e-8)
 SCHEDULE = optax.linear_schedule(0.1, 0.0, 100)
 COUNT = 100_000
+MEMORIES = [memory.kind for memory in jax.devices("cpu")[0].addressable_memories()]  # one before JAX 0.7.2
 
 
 def listed() -> Mapping[str, Callable[..., Any]]:
@@ -178,7 +179,9 @@ LARGE = {"kernel": jnp.ones((64, 128)), "bias": jnp.ones(5)}
 
 
 @pytest.mark.parametrize("narrow", [{}, {"m_dtype": "int8", "v_dtype": "bfloat16"}], ids=["float32", "narrow"])
-@pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
+@pytest.mark.parametrize(
+    "memory_kind", [None, *(memory.kind for memory in jax.devices("cpu")[0].addressable_memories())]
+)
 def test_a_loaded_state_is_where_the_fresh_one_is(narrow, memory_kind):
     tx = optax_nadam.nadamw(SCHEDULE, **narrow)
     params = sharded(LARGE)
