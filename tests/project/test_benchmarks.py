@@ -17,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 
+import optax_nadam
 from benchmarks import __main__ as benchmarks_main
 from benchmarks import (
     _report,
@@ -455,6 +456,15 @@ def test_a_picture_stands_before_its_table_which_is_folded(saved, tmp_path, monk
     assert "![Is it a question?](../docs/p.png)\n\n<details>" in page
 
 
+def test_a_package_that_is_only_on_the_path_has_a_version_too(saved, monkeypatch):
+    def not_installed(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", not_installed)
+    result = json.loads((saved() / "results" / "a_name-cpu.json").read_text())
+    assert result["versions"]["optax_nadam"] == optax_nadam.__version__
+
+
 def test_every_result_has_an_answer():
     for path in _report.RESULTS.glob("*.json"):
         result = json.loads(path.read_text())
@@ -507,7 +517,7 @@ def test_memory_formats_keep_what_they_say():
 def test_beside_a_gpu_formats_are_timed_in_a_loop_and_bytes_may_be_missing(short, monkeypatch, capsys):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(ahead_of_time, "installed", lambda: False)
-    monkeypatch.setattr(memory_formats, "FORMATS", memory_formats.FORMATS[:2])
+    monkeypatch.setattr(memory_formats, "FORMATS", memory_formats.FORMATS[:3:2])  # float32 and int8
     monkeypatch.setattr(memory_formats, "gpt2_small", lambda: [(64, 64)])
     monkeypatch.setattr(jax.stages.Compiled, "cost_analysis", lambda self: None)
     timed = []
