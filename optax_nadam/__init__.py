@@ -11,7 +11,7 @@ from optax_nadam._wrappers import clip_by_global_norm
 
 from optax_nadam import compat, diagnostics  # isort: skip  # they need the names above
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CompensatedState",
     "NadamConfig",

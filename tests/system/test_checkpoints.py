@@ -218,24 +218,30 @@ def test_an_orbax_checkpoint_with_a_file_cut_short_raises(name, fraction, tmp_pa
 
 
 RECORDINGS = Path(record_state.__file__).parent
-RECORDED = {"state-0.1.0.msgpack": FILES["flax"], "state-0.1.0-orbax": ORBAX}
+RELEASES = ("0.1.0", "0.2.0")
+RECORDED = {"state-{}.msgpack": FILES["flax"], "state-{}-orbax": ORBAX}
 # A bfloat16 update is decayed and scaled in bfloat16, by Optax.
 PRECISION = {"bias": 2**-7, "kernel": 2e-7, "phase": 2e-7}
 
 
+@pytest.fixture(params=RELEASES)
+def release(request):
+    return request.param
+
+
 @pytest.fixture
-def recorded():
-    """The recording of release 0.1.0 in plain arrays."""
+def recorded(release):
+    """The recording of a release in plain arrays."""
     like = jax.eval_shape(record_state.recorded)
-    with np.load(RECORDINGS / "state-0.1.0.npz") as arrays:
+    with np.load(RECORDINGS / f"state-{release}.npz") as arrays:
         values = from_names(arrays, like)
     return jax.tree.map(lambda x, y: x.astype(y.dtype) if y.dtype == jnp.bfloat16 else x, values, like)
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_a_state_of_an_earlier_release_loads_and_continues_as_it_did_there(name, recorded):
+def test_a_state_of_an_earlier_release_loads_and_continues_as_it_did_there(name, release, recorded):
     tx = record_state.optimizer()
-    opt_state = RECORDED[name].load(RECORDINGS / name, jax.eval_shape(tx.init, recorded["params"]))
+    opt_state = RECORDED[name].load(RECORDINGS / name.format(release), jax.eval_shape(tx.init, recorded["params"]))
     assert_same_bits(opt_state, recorded["opt_state"])
 
     updates, _ = jax.jit(tx.update)(recorded["gradients"], opt_state, recorded["params"])
