@@ -139,7 +139,8 @@ def test_logging_moments_logs_what_the_run_does(run, tmp_path):
 
 
 def test_every_example_is_in_the_list_and_in_a_test():
-    listed = re.findall(r"\]\((\w+)\.py\)", (EXAMPLES / "README.md").read_text())
-    assert sorted(listed) == sorted(path.stem for path in EXAMPLES.glob("[!_]*.py"))
+    listed = re.findall(r"\]\((\w+)\.(?:py|ipynb)\)", (EXAMPLES / "README.md").read_text())
+    programs = [path for kind in ("py", "ipynb") for path in EXAMPLES.glob(f"[!_]*.{kind}")]
+    assert sorted(listed) == sorted(path.stem for path in programs)
     tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
-    assert [name for name in listed if not re.search(rf'"{name}(\.py)?"', tests)] == []
+    assert [name for name in listed if not re.search(rf'"{name}(\.py|\.ipynb)?"', tests)] == []
