@@ -88,21 +88,21 @@ def average(stored: Moment, new: jax.Array, weight: jax.Array, bits: RandomBits)
         return value, encode(value, stored, bits)
 
     if isinstance(stored, Quantized):
-        encoded: Moment = _once_on_a_cpu(lambda *moment: step(*moment)[1], bits.seed < 0, stored, new)
+        encoded = _once_on_a_cpu(lambda stored, new: step(stored, new)[1], bits.seed < 0, stored, new)
         return decode(encoded, new.dtype), encoded
     value, encoded = step(stored, new)
     return (decode(encoded, new.dtype) if stored.dtype == jnp.bfloat16 else value), encoded
 
 
 def _once_on_a_cpu(
-    step: Callable[[Quantized, jax.Array], Quantized], never: jax.Array, stored: Quantized, new: jax.Array
-) -> Quantized:
+    step: Callable[[Moment, jax.Array], Moment], never: jax.Array, stored: Moment, new: jax.Array
+) -> Moment:
     """A step of an 8-bit moment, whose codes XLA:CPU does not compute again in the kernel of the update.
 
     A branch keeps it from that: the step is one, and the other, which leaves the moment as it is, is never taken.
     """
 
-    def behind_a_branch(stored: Quantized, new: jax.Array) -> Quantized:
+    def behind_a_branch(stored: Moment, new: jax.Array) -> Moment:
         return lax.switch(never.astype(jnp.int32), [step, lambda stored, new: stored], stored, new)
 
     return lax.platform_dependent(stored, new, cpu=behind_a_branch, default=step)

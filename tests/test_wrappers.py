@@ -157,8 +157,12 @@ def test_caution_sees_the_sign_of_gradients_whose_product_with_the_update_vanish
 def test_caution_takes_the_mask_from_the_update_itself(rng, rule):
     """Which it finds without the normalisation, on which the sign does not depend."""
     g = jnp.asarray(rng.normal(size=(12, 40)), jnp.float32)
-    plain, tx = (NadamConfig(rule=rule, cautious=cautious).build() for cautious in (False, True))
-    (_, u), (_, got) = (jax.lax.scan(lambda s, g, tx=tx: tx.update(g, s)[::-1], tx.init(g[0]), g) for tx in (plain, tx))
+
+    def updates(cautious):
+        tx = NadamConfig(rule=rule, cautious=cautious).build()
+        return jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(g[0]), g)[1]
+
+    u, got = updates(False), updates(True)
     agrees = u * g < 0
     assert 0 < np.mean(agrees[-1]) < 1
     share = np.mean(agrees, axis=1, keepdims=True)
