@@ -44,7 +44,7 @@ def bounded(stored: Moment, new: jax.Array, weight: jax.Array, bits: RandomBits)
     largest = jnp.abs(new).max(_quantized._row_axes(new.shape))
     bound = _moments._lerp(stored.scale.astype(new.dtype), largest, weight) * (1 + 2**-20)
     value = _moments._lerp(stored.decode(new.dtype), new, weight)
-    with mock.patch.object(_quantized, "_largest", return_value=bound):
+    with mock.patch.object(_quantized, "largest_of_rows", return_value=bound):
         encoded = _quantized.quantize(value, stored, bits)
     return encoded.decode(new.dtype), encoded
 

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_nadam._leaves import complex_like, compute_dtype, is_complex, zeros_like
-from optax_nadam._quantized import MIN_SIZE, Quantized, quantize, zero_quantized
+from optax_nadam._quantized import MIN_SIZE, Quantized, largest_of_rows, quantize, zero_quantized
 from optax_nadam._rounding import RandomBits, round_to
 
 Moment = jax.Array | Quantized
@@ -99,11 +99,15 @@ def _once_on_a_cpu(
 ) -> Moment:
     """A step of an 8-bit moment, whose codes XLA:CPU does not compute again in the kernel of the update.
 
-    A branch keeps it from that: the step is one, and the other, which leaves the moment as it is, is never taken.
+    It is one of two branches, of which the other, which leaves the moment as it is, is never taken.
     """
 
+    def unchanged(stored: Moment, new: jax.Array) -> Moment:
+        # Under shard_map, what is stored must vary over the same devices after both: those of the new values.
+        return jax.tree.map(lambda x, y: jnp.where(y == y, x, x), stored, Quantized(new, largest_of_rows(new)))
+
     def behind_a_branch(stored: Moment, new: jax.Array) -> Moment:
-        return lax.switch(never.astype(jnp.int32), [step, lambda stored, new: stored], stored, new)
+        return lax.switch(never.astype(jnp.int32), [step, unchanged], stored, new)
 
     return lax.platform_dependent(stored, new, cpu=behind_a_branch, default=step)
 

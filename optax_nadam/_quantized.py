@@ -96,7 +96,7 @@ def quantize(value: jax.Array, like: Quantized, bits: RandomBits) -> Quantized:
     Codes of a second moment are at least 1: with v = 0 the next step would be as long as eps allows.
     """
     curve = _CURVES[like.codes.dtype]
-    scale = _next_bfloat16(_largest(value))
+    scale = _next_bfloat16(largest_of_rows(value))
     row_max = _over_rows(scale.astype(value.dtype), value.shape)
     fraction = jnp.where(row_max > 0, jnp.abs(value) / row_max, 0)
     below = jnp.floor(curve.max_code * curve.root(fraction))
@@ -107,7 +107,7 @@ def quantize(value: jax.Array, like: Quantized, bits: RandomBits) -> Quantized:
     return Quantized(signed.astype(like.codes.dtype), scale)
 
 
-def _largest(value: jax.Array) -> jax.Array:
+def largest_of_rows(value: jax.Array) -> jax.Array:
     """The largest magnitude of each row."""
     return jnp.abs(value).max(_row_axes(value.shape))
 

@@ -173,6 +173,23 @@ def test_replicas_under_shard_map_take_the_step_of_the_mean_gradient(rng, mean_o
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("m_dtype", [None, "int8"])
+def test_under_shard_map_each_device_may_step_a_state_of_its_own(rng, m_dtype):
+    """From one that all share, with gradients that differ: the state begins to vary over the devices in the step."""
+    tx, params = nadam(m_dtype=m_dtype, v_dtype=m_dtype), jnp.zeros((16, 64))
+    grads = jnp.asarray(rng.standard_normal((8 * 16, 64)), jnp.float32)
+
+    def step(params, grads):
+        return tx.update(grads, tx.init(params), params)[0]
+
+    with mesh_of("automatic", (8,), ("data",)) as mesh:
+        everywhere, split = PartitionSpec(), PartitionSpec("data")
+        steps = shard_map(step, mesh=mesh, in_specs=(everywhere, split), out_specs=split, checked=True)
+        got = jax.jit(steps)(params, grads)
+    expected = [step(params, own) for own in jnp.split(grads, 8)]
+    np.testing.assert_allclose(got, np.concatenate(expected), rtol=1e-6)
+
+
 @pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
 def test_narrow_formats_are_sharded_like_the_params_and_give_the_same_bits(rng):
     """Whichever axes are split, also those of rows: codes like the params, scales like the rows."""
