@@ -223,8 +223,8 @@ def answer(rows: Rows) -> Answer:
     one = row_of(rows, "float32", "float32", "8192 x 8192", 1, "whole")
     last = next(row for row in reversed(rows) if row[0] == "float32" and row[4] == "leaf by leaf")
     return Answer(
-        f"The state crosses to the chip and back, {one[5]} bytes a parameter each way in float32, in place of lying"
-        f" there; leaf by leaf {last[2]} need {last[9]} GB of temporaries.",
+        f"In each step the state crosses to the chip and back, {one[5]} bytes a parameter each way in float32. Leaf by"
+        f" leaf, {last[2]} need {last[9]} GB of temporaries.",
         f"{float(one[7]) / 28:.2f} of the memory traffic on the chip",
     )
 
