@@ -570,6 +570,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = list(traffic_rows(leaves))
         about |= {"answer": traffic_answer, "backend": "for-gpu", "quick": quick}
         save(NAME, TRAFFIC_QUESTION, TRAFFIC_COLUMNS, rows, TRAFFIC_NOTE, **about)
+        if quick:  # the rest needs no compilers: it is as quick without them
+            return
     places = PLACES | (COMPILED_PLACES if aot.installed() and not quick else {})
     rows = list(itertools.islice(place_rows(places), 3 if quick else None))
     about = {"answer": places_answer, "backend": "places", "packages": (rival,), "quick": quick}
