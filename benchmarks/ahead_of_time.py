@@ -103,9 +103,7 @@ moments; `optax.nadam` has bfloat16 moments there, hence 14. """
 NOTES = {
     "tpu": NOTE
     + """\
-Bytes accessed is XLA's own
-count: it adds the scalars, at most 0.3 MB a step whatever the size of the leaves, and counts prefetched arrays several
-times, as in GPT-2. In place: results that take a donated argument's memory; two rules do not read the product of the
+In place: results that take a donated argument's memory; two rules do not read the product of the
 momenta, a scalar, so its memory is not reused.
 
 Under ZeRO-1 on TPU, gather the updates (with a transformation that constrains their sharding). Where `out_shardings`
@@ -113,8 +111,7 @@ alone asks for whole params, the compiler gathers the new params and copies all 
 an upper bound, since it counts the old params as read whole.""",
     "gpu": NOTE
     + """\
-XLA has no count of
-its own for GPUs. Temporaries are some hundreds of bytes a leaf, whatever its size. In place: results that take a
+Temporaries are some hundreds of bytes a leaf, whatever its size. In place: results that take a
 donated argument's memory; two rules do not read the product of the momenta, a scalar, so its memory is not reused.
 
 Under ZeRO-1 on GPU, leave the gathering to `out_shardings`: the compiler steps the shard of the params and gathers the
@@ -262,20 +259,16 @@ def bytes_of(type_: str, on_chip: bool = True) -> int:
 
 def row(name: str, arrays: str, compiled: Any, shapes: Shapes, chips: int, replicated: bool = False) -> list[Any]:
     """One row of the table, for one chip and the parameters on it."""
-    costs = compiled.cost_analysis()
-    memory, size = compiled.memory_analysis(), sum(map(math.prod, shapes.values()))
+    size = sum(map(math.prod, shapes.values()))
     here = size if replicated else size // chips
     return [
         name,
         arrays,
         chips,
         f"{traffic(compiled) / here:.2f}",
-        f"{costs['bytes accessed'] / here:.2f}" if costs else "no count",
         ", ".join(f"{count / len(shapes):g} {kind}" for kind, count in sorted(kernels(compiled).items())),
         sum(collectives(compiled).values()),
-        memory.temp_size_in_bytes,
-        f"{memory.argument_size_in_bytes / 1e6:.1f}",
-        f"{memory.output_size_in_bytes / 1e6:.1f}",
+        compiled.memory_analysis().temp_size_in_bytes,
         f"{in_place(compiled)} of {len(jax.tree.leaves(compiled.output_shardings))}",
     ]
 
@@ -307,9 +300,9 @@ def answer(rows: Rows) -> Answer:
     """The traffic beside that of ``optax.nadam``, and what many chips send."""
     ours, theirs = (row_of(rows, name, "8192 x 8192", 1) for name in PAIR)
     chips = max(row[2] for row in rows)
-    sent = row_of(rows, ours[0], "8192 x 8192", chips)[6]
+    sent = row_of(rows, ours[0], "8192 x 8192", chips)[5]
     return Answer(
-        f"To {ours[5]} a leaf, which moves {ours[3]} bytes a parameter; {chips} chips send {sent or 'nothing'}.",
+        f"To {ours[4]} a leaf, which moves {ours[3]} bytes a parameter; {chips} chips send {sent or 'nothing'}.",
         f"{float(ours[3]) / float(theirs[3]):.2f} of `optax.nadam`",
     )
 
@@ -346,12 +339,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "arrays",
                 "chips",
                 "traffic a parameter",
-                "bytes accessed a parameter",
                 "kernels a leaf",
                 "collectives",
                 "temporaries, bytes",
-                "arguments, MB",
-                "results, MB",
                 "in place",
             ],
             list(itertools.islice(rows(target), 1 if quick else None)),

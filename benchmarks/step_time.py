@@ -9,19 +9,22 @@ What is not installed is left out, and the result says so. On a GPU, jax and tor
 import functools
 import gc
 import importlib.metadata
+import importlib.util
 import math
 import os
+import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import jax
 import optax
 
 import optax_nadam
-from benchmarks import _rivals
+from benchmarks import _report, _rivals
 from benchmarks._report import Answer, Rows, interleaved, is_quick, milliseconds, save
 from benchmarks._rivals import EPS, LEARNING_RATE, Problem, Rival, Run
 from tests.reference import RULES
@@ -284,6 +287,34 @@ def answer(rows: Rows) -> Answer:
     )
 
 
+def draw(table: Rows, path: Path) -> Path | None:
+    """Times over ours, a panel for each set of leaves; nothing without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from matplotlib.figure import Figure
+
+    sets = list(dict.fromkeys(row[0] for row in table))
+    figure = Figure(figsize=(10, 1 + 2.6 * len(sets)), layout="constrained")
+    for axes, leaves in zip(figure.subplots(len(sets), 1, squeeze=False)[:, 0], sets, strict=True):
+        named = [row for row in table if row[0] == leaves and not row[1].startswith("copy")]
+        times = {row[1]: [float(x) for x in re.findall(r"[\d.e-]+", row[3])] for row in named}
+        for place, (name, (middle, low, high)) in enumerate(times.items()):
+            color = "C0" if name.startswith("optax_nadam") else "C1"
+            axes.plot([low, high], [place, place], color=color, alpha=0.4, lw=6, solid_capstyle="butt")
+            axes.plot(middle, place, "o", color=color, ms=5)
+        axes.axvline(1, color="grey", lw=0.8)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_yticks(range(len(times)), list(times), fontsize=8)
+        axes.invert_yaxis()
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_title(leaves, fontsize=10)
+    figure.supxlabel(f"time of a step over that of {OURS}; dot: median, bar: quartiles", fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    return path
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures one set of leaves after the other, and writes the results so far after each."""
     quick = is_quick(__doc__, "small shapes, few repeats", arguments)
@@ -305,7 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if quick:
             print(*table, note, sep="\n")
         else:  # after each set, so that a run that is cut short leaves what it has
-            save("step_time", QUESTION, COLUMNS, table, NOTE + note, answer=answer, packages=distributions(present))
+            picture = draw(table, _report.RESULTS.parents[1] / f"docs/img/step_time-{jax.default_backend()}.png")
+            about: dict[str, Any] = {"answer": answer, "picture": picture, "packages": distributions(present)}
+            save("step_time", QUESTION, COLUMNS, table, NOTE + note, **about)
 
 
 if __name__ == "__main__":
