@@ -40,10 +40,9 @@ class Stored(NamedTuple):
 
 def read_file(path: str) -> Stored:
     """The optimizer's arrays in a ``.h5``, ``.weights.h5`` or ``.keras`` file."""
-    h5py = import_for_reading("h5py")
     if zipfile.is_zipfile(path):
-        return _read_archive(path, h5py)
-    with h5py.File(path, "r") as file:
+        return _read_archive(path)
+    with import_for_reading("h5py").File(path, "r") as file:
         return _read_names(file) if "optimizer_weights" in file else _read_numbers(file, path)
 
 
@@ -56,7 +55,7 @@ def import_for_reading(name: str, package: str | None = None) -> Any:
         raise ImportError(f"reading this source needs the package {package}: pip install {package}.") from error
 
 
-def _read_archive(path: str, h5py: Any) -> Stored:
+def _read_archive(path: str) -> Stored:
     """A ``.keras`` file: a zip archive of the config and a file of weights."""
     with zipfile.ZipFile(path) as archive:
         members = ("metadata.json", "config.json", "model.weights.h5")
@@ -66,7 +65,7 @@ def _read_archive(path: str, h5py: Any) -> Stored:
         metadata, model, weights = (archive.read(name) for name in members)
     config = (json.loads(model).get("compile_config") or {}).get("optimizer")
     version = json.loads(metadata)["keras_version"]
-    with h5py.File(io.BytesIO(weights), "r") as file:
+    with import_for_reading("h5py").File(io.BytesIO(weights), "r") as file:
         stored = _read_numbers(file, path)
     return stored._replace(config=config, dialects=["tf_keras" if int(version.split(".")[0]) < 3 else "keras"])
 
