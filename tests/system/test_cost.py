@@ -158,7 +158,7 @@ def test_bytes_and_temporaries_of_options(option, size, temporaries):
 def test_8_bit_codes_are_computed_once():
     step = compiled(nadamw(1e-3, m_dtype="int8", v_dtype="int8"), leaf())
     assert bytes_a_parameter(step) < 70
-    assert temporaries_a_parameter(step) < 9.1
+    assert temporaries_a_parameter(step) < (9.1 if jax.__version_info__ >= (0, 10) else 10.1)
 
 
 @pytest.mark.lenient("optax.nadam itself mixes dtypes")
