@@ -175,13 +175,12 @@ def cautious(
     """
 
     def agreement(u: jax.Array, g: jax.Array) -> jax.Array:
-        return jnp.real(jnp.sign(u) * jnp.conj(g)) > 0
+        return (jnp.real(jnp.sign(u) * jnp.conj(g)) > 0).astype(compute_dtype(g))
 
     def mask(u: Any, signed: Any, g: Any) -> Any:
         agrees = jax.tree.map(agreement, signed, g)
-        mean = _mean(jax.tree.map(lambda a, g: a.astype(compute_dtype(g)), agrees, g))
-        factor = 1 / jnp.maximum(mean, 1e-3)
-        return jax.tree.map(lambda u, a: jnp.where(a, u * factor.astype(u.dtype), jnp.zeros_like(u)), u, agrees)
+        factor = 1 / jnp.maximum(_mean(agrees), 1e-3)
+        return jax.tree.map(lambda u, a: u * (a * factor).astype(u.dtype), u, agrees)  # a product: NaN stays NaN
 
     def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
         u, stepped = inner.update(updates, state, params, **extra_args)

@@ -153,6 +153,16 @@ def test_caution_sees_the_sign_of_gradients_whose_product_with_the_update_vanish
     np.testing.assert_array_equal(jnp.sign(cautious_step(jnp.zeros(2), jnp.asarray([1e-30, -1e-30]))), [1, -1])
 
 
+@pytest.mark.parametrize("option", [{"cautious": True}, {"clip_update_rms": 0.5}, {"accumulate_steps": 1}])
+def test_a_gradient_that_is_nan_is_seen_in_the_update(option):
+    """Now and in the steps after it: a masked element would stand still and nobody would know."""
+    tx, g = NadamConfig(**option).build(), jnp.asarray([jnp.nan, 1.0])
+    u, state = tx.update(g, tx.init(g))
+    later, _ = tx.update(jnp.ones(2), state)
+    assert np.isnan(u[0])
+    assert np.isnan(later[0])
+
+
 @pytest.mark.parametrize("rule", ["scheduled", "eps_hat", "undebiased"])
 def test_caution_takes_the_mask_from_the_update_itself(rng, rule):
     """Which it finds without the normalisation, on which the sign does not depend."""
