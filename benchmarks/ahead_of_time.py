@@ -326,30 +326,46 @@ def save_compiled(
     save(name, question, columns, rows, note, answer=answer, quick=quick, **about)
 
 
+def save_all_compiled(
+    name: str,
+    question: str,
+    columns: list[str],
+    rows: Callable[[str], Iterator[list[Any]]],
+    notes: dict[str, str] | str,
+    *,
+    answer: Callable[[Rows], Answer],
+    quick: bool,
+) -> None:
+    """Writes a result for each target, which the question names in a field; quick, tries one row."""
+    for target in TARGETS:
+        found = list(itertools.islice(rows(target), 1 if quick else None))
+        note = notes if isinstance(notes, str) else notes[target]
+        asked = question.format(target=target.upper())
+        save_compiled(name, asked, columns, found, note, target, answer=answer, quick=quick)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles and reads, and runs nothing."""
     quick = is_quick(__doc__, "one optimizer on one chip", arguments)
     check_installed()
-    for target in TARGETS:
-        save_compiled(
-            "ahead_of_time",
-            f"What does a step compile to on {target.upper()}?",
-            [
-                "optimizer",
-                "arrays",
-                "chips",
-                "traffic a parameter",
-                "kernels a leaf",
-                "collectives",
-                "temporaries, bytes",
-                "in place",
-            ],
-            list(itertools.islice(rows(target), 1 if quick else None)),
-            NOTES[target],
-            target,
-            answer=answer,
-            quick=quick,
-        )
+    save_all_compiled(
+        "ahead_of_time",
+        "What does a step compile to on {target}?",
+        [
+            "optimizer",
+            "arrays",
+            "chips",
+            "traffic a parameter",
+            "kernels a leaf",
+            "collectives",
+            "temporaries, bytes",
+            "in place",
+        ],
+        rows,
+        NOTES,
+        answer=answer,
+        quick=quick,
+    )
 
 
 if __name__ == "__main__":

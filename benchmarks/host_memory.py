@@ -1,6 +1,5 @@
 """What does a step move and need where the optimizer state is in host memory? Compiled ahead of time, not run."""
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -233,17 +232,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles and reads, and runs nothing."""
     quick = is_quick(__doc__, "float32 and bfloat16, one leaf", arguments)
     aot.check_installed()
-    for target in TARGETS:
-        aot.save_compiled(
-            "host_memory",
-            f"What does a step take with the optimizer state in host memory, on a {target.upper()}?",
-            COLUMNS,
-            [row(case, target) for case in itertools.islice(cases(target), 2 if quick else None)],
-            NOTES[target],
-            target,
-            answer=answer,
-            quick=quick,
-        )
+    aot.save_all_compiled(
+        "host_memory",
+        "What does a step take with the optimizer state in host memory, on a {target}?",
+        COLUMNS,
+        lambda target: (row(case, target) for case in cases(target)),
+        NOTES,
+        answer=answer,
+        quick=quick,
+    )
 
 
 if __name__ == "__main__":

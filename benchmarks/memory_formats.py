@@ -1,6 +1,5 @@
 """How much memory, traffic and time do the formats of moments and weights take?"""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -161,17 +160,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles for TPU and GPU where the extra ``aot`` is installed, and measures this machine elsewhere."""
     quick = is_quick(__doc__, "small leaves, few steps", arguments)
     if aot.installed():
-        for target in aot.TARGETS:
-            aot.save_compiled(
-                "memory_formats",
-                f"How much do the formats of moments and weights take on a {target.upper()}?",
-                [*COLUMNS, "state, bytes a parameter", "temporaries", "traffic a parameter", "fusions"],
-                list(itertools.islice(compiled_for(target), 1 if quick else None)),
-                COMPILED_NOTE,
-                target,
-                answer=answer,
-                quick=quick,
-            )
+        aot.save_all_compiled(
+            "memory_formats",
+            "How much do the formats of moments and weights take on a {target}?",
+            [*COLUMNS, "state, bytes a parameter", "temporaries", "traffic a parameter", "fusions"],
+            compiled_for,
+            COMPILED_NOTE,
+            answer=answer,
+            quick=quick,
+        )
         return
     cpu = jax.default_backend() == "cpu"
     shapes = [(64, 64), (2048,)] if quick else gpt2_small()

@@ -1,6 +1,5 @@
 """What do clipping, caution and accumulation add to a step?"""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -135,17 +134,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles for TPU and GPU where the extra ``aot`` is installed, and measures this machine elsewhere."""
     quick = is_quick(__doc__, "small leaves, few steps", arguments)
     if aot.installed():
-        for target in aot.TARGETS:
-            aot.save_compiled(
-                "options",
-                f"What do clipping, caution and accumulation add to a step on a {target.upper()}?",
-                ["option", "traffic a parameter", "temporaries a parameter, bytes"],
-                list(itertools.islice(compiled_for(target), 1 if quick else None)),
-                COMPILED_NOTE,
-                target,
-                answer=answer,
-                quick=quick,
-            )
+        aot.save_all_compiled(
+            "options",
+            "What do clipping, caution and accumulation add to a step on a {target}?",
+            ["option", "traffic a parameter", "temporaries a parameter, bytes"],
+            compiled_for,
+            COMPILED_NOTE,
+            answer=answer,
+            quick=quick,
+        )
         return
     save(
         "options",

@@ -25,7 +25,7 @@ from optax_nadam._rounding import RandomBits
 
 NAME = "scale_bound"
 QUESTION = "How exact are 8-bit moments whose scale is a bound?"
-COMPILED_QUESTION = "What traffic would a bound as the scale of 8-bit moments save?"
+COMPILED_QUESTION = "What traffic would a bound as the scale of 8-bit moments save on a {target}?"
 NOTE = """\
 `compensated(nadamw(rule="adam", m_dtype="int8", v_dtype="int8"))` on the gradients of `flashoptim`, beside the same
 with scales that are bounds: `(1 - w) scale + w max |new|` with the weight `w` of the new value. Relative errors after
@@ -41,7 +41,7 @@ def bounded(stored: Moment, new: jax.Array, weight: jax.Array, bits: RandomBits)
     """A step of an average as in the library, but for the scale of its codes."""
     if not isinstance(stored, _quantized.Quantized):
         return _moments.average(stored, new, weight, bits)
-    largest = jnp.abs(new).max(_quantized._row_axes(new.shape))
+    largest = _quantized.largest_of_rows(new)
     bound = _moments._lerp(stored.scale.astype(new.dtype), largest, weight) * (1 + 2**-20)
     value = _moments._lerp(stored.decode(new.dtype), new, weight)
     with mock.patch.object(_quantized, "largest_of_rows", return_value=bound):
@@ -107,17 +107,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles for TPU and GPU where the extra ``aot`` is installed, and measures errors elsewhere."""
     quick = is_quick(__doc__, "one case of gradients, twenty steps", arguments)
     if aot.installed():
-        for target in aot.TARGETS:
-            aot.save_compiled(
-                NAME,
-                f"{COMPILED_QUESTION[:-1]} on a {target.upper()}?",
-                ["scale", "weights and gradients", "traffic a parameter"],
-                list(itertools.islice(traffic_rows(target), 1 if quick else None)),
-                COMPILED_NOTE,
-                target,
-                answer=compiled_answer,
-                quick=quick,
-            )
+        aot.save_all_compiled(
+            NAME,
+            COMPILED_QUESTION,
+            ["scale", "weights and gradients", "traffic a parameter"],
+            traffic_rows,
+            COMPILED_NOTE,
+            answer=compiled_answer,
+            quick=quick,
+        )
         return
     cases = dict(itertools.islice(CASES.items(), 1 if quick else None))
     rows = list(error_rows(cases, *((20, 1) if quick else (1000, 3))))
