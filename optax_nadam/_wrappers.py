@@ -107,6 +107,8 @@ def accumulate(inner: optax.GradientTransformationExtraArgs, steps: int) -> opta
 
     @jax.jit  # outside of jit, lax.switch would be compiled in every call
     def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        validation.check_like_moments("gradients", updates, state.acc_grads)
+
         def average(mean: jax.Array, g: jax.Array) -> jax.Array:
             return mean + (g.astype(mean.dtype) - mean) / (state.mini_step + 1).astype(mean.dtype)
 

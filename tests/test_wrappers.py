@@ -108,6 +108,13 @@ def test_gradients_accumulate_in_no_narrower_dtype_than_float32_and_their_own(rn
     assert {x.dtype for x in jax.tree.leaves(state.acc_grads)} == {jnp.dtype(accumulator)}
 
 
+@pytest.mark.parametrize("other", [{"b": jnp.ones(2)}, {"a": jnp.ones(3)}])
+def test_gradients_that_do_not_fit_are_refused_before_they_are_accumulated(other):
+    tx = NadamConfig(accumulate_steps=2).build()
+    with pytest.raises(ValueError, match=r"gradients.*this optimizer state was made for"):
+        tx.update(other, tx.init({"a": jnp.ones(2)}))
+
+
 def test_complex_gradients_accumulate_both_parts():
     g = jnp.full(1, 0.3 + 0.4j, jnp.complex64)
     steps = []
