@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import dtype_of, in_device_memory, zeros_like
-from optax_nadam._rounding import RandomBits
+from optax_nadam._rounding import RandomBits, bits_of, number_of
 from optax_nadam._state import map_nodes, placed_like, the_node
 
 _FLOAT16 = (
@@ -295,7 +295,7 @@ def _master(p: jax.Array, remainder: Any) -> jax.Array:
     """The weight with what bfloat16 dropped; for another leaf the weight itself."""
     if not _is_bfloat16(p):
         return p
-    return _number(_bits(p.astype(jnp.float32)) + _as_bits(remainder))
+    return number_of(bits_of(p.astype(jnp.float32)) + _as_bits(remainder))
 
 
 def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, random: RandomBits) -> jax.Array:
@@ -308,7 +308,7 @@ def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, ra
 def _stored(weight: jax.Array, remainder: Any, added: jax.Array | int) -> jax.Array:
     """The weight in the bits that are stored, rounded down after a number less than the last of them is added."""
     fraction = (1 << _dropped_bits(remainder)) - 1
-    return _number((_bits(weight) + (added & fraction)) & ~fraction)
+    return number_of((bits_of(weight) + (added & fraction)) & ~fraction)
 
 
 def _remainder(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
@@ -326,7 +326,7 @@ def _remainder(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
 
 def _lacking(target: jax.Array, nearest: jax.Array, remainder: jax.Array) -> jax.Array:
     """What the nearest bfloat16 lacks, in units of the last bit stored."""
-    return (_bits(target) - _bits(nearest)) >> _dropped_bits(remainder)
+    return (bits_of(target) - bits_of(nearest)) >> _dropped_bits(remainder)
 
 
 def _to_apply(p: jax.Array, target: jax.Array, remainder: Any, step: jax.Array) -> jax.Array:
@@ -336,12 +336,12 @@ def _to_apply(p: jax.Array, target: jax.Array, remainder: Any, step: jax.Array) 
     """
     if not _is_bfloat16(p):
         return step
-    return _number(_bits(target) - _as_bits(remainder)) - p.astype(jnp.float32)
+    return number_of(bits_of(target) - _as_bits(remainder)) - p.astype(jnp.float32)
 
 
 def _nearest(x: jax.Array) -> jax.Array:
     """The nearest bfloat16, ties away from zero, so that what is left over fits 16 bits; infinities stay."""
-    return _number((_bits(x) + 0x8000) & ~0xFFFF)
+    return number_of((bits_of(x) + 0x8000) & ~0xFFFF)
 
 
 def _as_bits(remainder: jax.Array | None) -> jax.Array | int:
@@ -354,11 +354,3 @@ def _as_bits(remainder: jax.Array | None) -> jax.Array | int:
 def _dropped_bits(remainder: jax.Array | None) -> int:
     """How many of the 16 bits that bfloat16 drops the remainder does not store."""
     return 16 if remainder is None else 16 - 8 * remainder.dtype.itemsize
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(x, jnp.int32)
-
-
-def _number(bits: jax.Array) -> jax.Array:
-    return lax.bitcast_convert_type(bits, jnp.float32)

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax import export, lax
+from jax import export
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_nadam._leaves import zeros_like
-from optax_nadam._rounding import RandomBits
+from optax_nadam._rounding import RandomBits, bits_of, number_of
 
 MIN_SIZE = 1024  # elements; smaller leaves are not quantized
 _ROW_SIZE = 64  # elements that a row has at least
@@ -114,8 +114,7 @@ def largest_of_rows(value: jax.Array) -> jax.Array:
 
 def _next_bfloat16(x: jax.Array) -> jax.Array:
     """Numbers that are not negative, rounded up to bfloat16."""
-    bits = lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) + jnp.uint32(0xFFFF)
-    return lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(jnp.bfloat16)
+    return number_of((bits_of(x.astype(jnp.float32)) + 0xFFFF) & ~0xFFFF).astype(jnp.bfloat16)
 
 
 def _over_rows(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -72,5 +72,18 @@ def round_to(value: jax.Array, dtype: DTypeLike, bits: RandomBits) -> jax.Array:
     if dtype != jnp.bfloat16:
         return value.astype(dtype)
     # A float32 is a bfloat16 and 16 more bits: adding 16 random bits carries with a probability proportional to them.
-    sum_of_bits = lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32) + bits.draw(value.shape)
-    return lax.bitcast_convert_type(sum_of_bits & jnp.uint32(0xFFFF0000), jnp.float32).astype(dtype)
+    sum_of_bits = bits_of(value.astype(jnp.float32)) + bits.draw(value.shape).astype(jnp.int32)
+    return number_of(sum_of_bits & ~0xFFFF).astype(dtype)
+
+
+def bits_of(x: jax.Array) -> jax.Array:
+    """The bits of float32 numbers as int32, to be added to; of every NaN those of the same one.
+
+    The NaN of an NVIDIA GPU is 0x7fffffff, from which a sum carries into the sign: it would be zero.
+    """
+    return jnp.where(jnp.isnan(x), 0x7FC00000, lax.bitcast_convert_type(x, jnp.int32))
+
+
+def number_of(bits: jax.Array) -> jax.Array:
+    """The float32 numbers of int32 bits."""
+    return lax.bitcast_convert_type(bits, jnp.float32)

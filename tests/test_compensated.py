@@ -11,6 +11,7 @@ from jax import numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from optax_nadam import CompensatedState, compensated, master_params, nadamw, set_master_params
+from tests.test_rounding import every_nan
 
 pytestmark = pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
 KINDS = ["int8", "int16"]
@@ -184,6 +185,20 @@ def test_nothing_changes_where_the_step_is_zero(kind, value):
     narrow, state = run(compensated(optax.sgd(0.0), remainder_dtype=kind), params, jnp.zeros((3, 8), jnp.bfloat16))
     chex.assert_trees_all_equal(narrow, params)
     chex.assert_trees_all_equal(master_params(state, narrow), params.astype(jnp.float32))
+
+
+@every_nan
+@pytest.mark.parametrize("kind", [*KINDS, None])
+def test_a_nan_step_is_a_nan_weight_and_stays_one(kind, nan):
+    tx, params = compensated(optax.sgd(1.0), remainder_dtype=kind), jnp.ones((32, 64), jnp.bfloat16)
+    state = tx.init(params)
+    grads = jnp.zeros((32, 64)).at[3, 5].set(nan)
+    where = np.isnan(grads)
+    for g in (grads, jnp.zeros((32, 64))):
+        updates, state = jax.jit(tx.update)(g, state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_array_equal(np.isnan(params), where)
+        np.testing.assert_array_equal(np.isnan(master_params(state, params)), where)
 
 
 @every_kind

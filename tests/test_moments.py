@@ -15,6 +15,7 @@ from optax_nadam import NadamConfig, Quantized, nadamw, scale_by_nadam
 from optax_nadam._moments import decode
 from optax_nadam._quantized import is_quantized
 from tests.reference import Nadam
+from tests.test_rounding import every_nan
 
 NARROW: Any = {name: {"m_dtype": name, "v_dtype": name} for name in ("bfloat16", "int8")}
 every_format = pytest.mark.parametrize("narrow", NARROW.values(), ids=NARROW)
@@ -95,6 +96,18 @@ def test_a_run_is_the_same_on_any_devices_every_time(rng, narrow):
         mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
         shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
         chex.assert_trees_all_equal(run(jax.device_put(params, shardings)), expected)
+
+
+@every_nan
+@every_format
+def test_a_nan_gradient_shows_in_updates_and_moments(narrow, nan):
+    """In 8 bits in those of its whole row."""
+    tx, grads = scale_by_nadam(**narrow), jnp.ones((32, 64)).at[3, 5].set(nan)
+    updates, state = jax.jit(tx.update)(grads, tx.init(grads))
+    where = np.zeros((32, 64), bool)
+    where[3, slice(None) if is_quantized(state.m) else 5] = True
+    for tree in (updates, state.m, state.v):
+        np.testing.assert_array_equal(np.isnan(numbers(tree)), where)
 
 
 @every_format

@@ -12,6 +12,7 @@ from optax_nadam import Quantized
 from optax_nadam._moments import decode, encode, zero_m, zero_v
 from optax_nadam._quantized import quantize
 from optax_nadam._rounding import RandomBits
+from tests.test_rounding import every_nan
 
 MANY = 2**18
 BITS = RandomBits(jnp.int32(1), high=False)
@@ -68,12 +69,13 @@ def test_the_scale_is_the_next_bfloat16_of_the_largest_in_the_row(largest):
     assert scale == largest or float(jnp.nextafter(jnp.bfloat16(scale), jnp.bfloat16(0))) < largest
 
 
+@every_nan
 @pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
-def test_rows_of_zeros_are_zeros_and_what_is_not_finite_shows_in_its_row_alone(dtype):
-    rows = jnp.zeros((4, 64)).at[1].set(3.0).at[2, 5].set(jnp.nan).at[3, 5].set(jnp.inf)
+def test_rows_of_zeros_are_zeros_and_what_is_not_finite_shows_in_its_row_alone(dtype, nan):
+    rows = jnp.zeros((4, 64)).at[1].set(3.0).at[2, 5].set(nan).at[3, 5].set(jnp.inf)
     got = np.asarray(quantize(rows, of(dtype, rows.shape), BITS).decode(jnp.float32))
     assert np.all(got[0] == 0)
-    assert np.all(got[1] == 3)
+    np.testing.assert_allclose(got[1], 3, rtol=2**-21)  # on a GPU, code / K is code * (1 / K)
     assert np.all(np.isnan(got[2]))
     assert not np.isfinite(got[3, 5])
 

@@ -8,6 +8,14 @@ from jax import numpy as jnp
 from optax_nadam._rounding import RandomBits, round_to
 
 MANY = 2**20
+NANS = (
+    0x7FC00000,
+    0xFFC00000,
+    0x7FFFFFFF,
+    0xFFFFFFFF,
+    0x7F810000,
+)  # the second is x86's own, the third an NVIDIA GPU's
+every_nan = pytest.mark.parametrize("nan", [np.uint32(bits).view(np.float32) for bits in NANS], ids=map(hex, NANS))
 
 
 def both_draws(step, number=MANY):
@@ -51,6 +59,13 @@ def test_bfloat16_numbers_are_not_changed(value):
     got = round_to(jnp.full(1000, value), jnp.bfloat16, RandomBits(jnp.int32(1), high=False))
     chex.assert_trees_all_equal(got, jnp.full(1000, value, jnp.bfloat16))
     assert np.all(np.signbit(got) == np.signbit(value)) or np.isnan(value)
+
+
+@every_nan
+@pytest.mark.parametrize("high", [False, True])
+def test_nan_stays_nan_whatever_its_bits(nan, high):
+    got = round_to(jnp.full(1000, nan), jnp.bfloat16, RandomBits(jnp.int32(1), high))
+    assert np.all(np.isnan(got))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "complex64"])

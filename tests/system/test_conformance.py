@@ -149,7 +149,7 @@ def test_donated_buffers_are_reused_without_temporaries(make):
     memory = compiled.memory_analysis()
     moments = 2 * sum(p.nbytes for p in params.values())
     assert memory.alias_size_in_bytes >= moments + sum(p.nbytes for p in params.values())
-    assert memory.temp_size_in_bytes < 1024  # scalars
+    assert memory.temp_size_in_bytes < 4096  # scalars, each aligned
 
 
 @of_optax
