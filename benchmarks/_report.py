@@ -96,6 +96,8 @@ def save(
     A result that is not about this machine names its own backend, hardware and further packages. The answer is read
     from the rows; a picture is shown before the table, which then is folded.
     """
+    if hardware is None and jax.default_backend() != "cpu":  # beside the answer for a processor
+        question = f"On {machine()}: {question[0].lower()}{question[1:]}"
     result = {
         "question": question,
         "command": f"python -m benchmarks.{name}",

@@ -1,7 +1,7 @@
 """How do 8-bit moments and 24-bit weights compare with those of FlashOptim's port to JAX?
 
-Needs ``flashoptim-jax``, whose kernel runs on an NVIDIA GPU only: here it is interpreted on the processor and, with the
-extra ``aot``, compiled for NVIDIA H100.
+Needs ``flashoptim-jax``, whose kernel runs on an NVIDIA GPU only. Where there is one, it is timed beside ours, and its
+errors are those of the kernel; on a processor it is interpreted and, with the extra ``aot``, compiled for NVIDIA H100.
 """
 
 import contextlib
@@ -24,8 +24,10 @@ from jax.typing import DTypeLike
 import optax_nadam
 from benchmarks import _tasks
 from benchmarks import ahead_of_time as aot
-from benchmarks._report import Answer, Rows, is_quick, row_of, save
+from benchmarks._report import Answer, Rows, interleaved, is_quick, milliseconds, row_of, save
+from benchmarks._rivals import in_a_loop
 from benchmarks.memory_quality import mean_and_error, warmup_cosine
+from benchmarks.step_time import LOOP
 from benchmarks.tracing import whole_step
 
 EPS, DECAY = 1e-8, 1e-2
@@ -40,30 +42,36 @@ LEAVES = {
     "100 of 768": SMALL,
 }
 COMPILED_LEAVES = dict(itertools.islice(LEAVES.items(), 2))
-NAME = "flashoptim"
+TIMED_LEAVES = {name: LEAVES[name] for name in (*COMPILED_LEAVES, "100 of 768")}
+NAME, RIVAL = "flashoptim", "flashoptim-jax"
 MISSING = "Left out: needs flashoptim-jax, pip install flashoptim-jax."
 QUESTION = "How do 8-bit moments and 24-bit weights compare with FlashOptim's?"
 COLUMNS = ["what", "case", "flashoptim-jax", "optax_nadam"]
 NOTE = f"""\
 `flash_adamw` beside `compensated(nadamw(rule="adam", m_dtype="int8", v_dtype="int8"))`, with a weight decay of {DECAY}
-and an `eps` of {EPS}; weights and gradients are bfloat16. State: moments, their scales, what completes the weights to
-24 bits, counters.
+and an `eps` of {EPS}; weights and gradients are bfloat16, unless stated. State: moments, their scales, what completes
+the weights to 24 bits, counters.
 
 Error: {STEPS} steps of a leaf of {SHAPE[0]} x {SHAPE[1]} with given gradients, the same for both, at a constant
 learning rate of 1e-3. Each element's gradient is noise about a mean of its own, 0.3 standard deviations away from zero.
 The reference is `optax.adamw` on float32 weights. Shown is the norm of the difference over the norm of the reference,
 for the change of the weights (with all their bits) over the run, for `m` and for `v`; and the median over elements of
-the relative error of `v`. All are medians of {SEEDS} seeds. Their kernel is interpreted by JAX (Pallas), whose
-arithmetic may round otherwise than a GPU's.
+the relative error of `v`. All are medians of {SEEDS} seeds.
 
-Training: the mean ratio of the final train loss to that of `optax.adamw` in float32 with the same seed, with its
-standard error, and the largest of the seeds, on the tasks of `memory_quality`; in brackets, `optax_nadam` in float32:
-the same formula with other rounding errors. The largest change is over all weights, steps and seeds, in units of the
-highest learning rate; in brackets, that of `optax.adamw`.
+{{here}}
 
 flashoptim-jax stores the square root of `v` in 255 even steps, to the nearest, of the largest in a group of 32: under a
 510th of that it is zero, and where `m` is not, the next change is as large as `eps` allows. Its scales are float16,
 whose smallest number is 6e-8."""
+INTERPRETED = """\
+Their kernel is interpreted by JAX (Pallas), whose arithmetic may round otherwise than a GPU's.
+
+Training: the mean ratio of the final train loss to that of `optax.adamw` in float32 with the same seed, with its
+standard error, and the largest of the seeds, on the tasks of `memory_quality`; in brackets, `optax_nadam` in float32:
+the same formula with other rounding errors. The largest change is over all weights, steps and seeds, in units of the
+highest learning rate; in brackets, that of `optax.adamw`."""
+BY_THE_KERNEL = f"""\
+A step: {LOOP} of them are one program, the time is that of one, of optimizer and weights alone; both take turns."""
 PLACES_QUESTION = "Where do 8-bit moments with 24-bit weights run, FlashOptim's and ours?"
 PLACES_COLUMNS = ["where", "flashoptim-jax, its kernel", "flashoptim-jax, `fused=False`", "optax_nadam"]
 PLACES_NOTE = """\
@@ -159,8 +167,15 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32)
 
 
+def on_gpu() -> bool:
+    """Whether their kernel can run."""
+    return jax.default_backend() == "gpu"
+
+
 def interpreted() -> Any:
     """In this context Pallas kernels are interpreted, so that a processor runs them; theirs has no option for that."""
+    if on_gpu():
+        return contextlib.nullcontext()
     return mock.patch.object(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
 
 
@@ -347,16 +362,47 @@ LANGUAGE_MODEL = functools.partial(_tasks.language_model, jax.nn.gelu)
 TRAININGS = (Training(_tasks.digits, 0.999, 10), Training(_tasks.digits, 0.95, 10), Training(LANGUAGE_MODEL, 0.999, 3))
 
 
-def measured(quick: bool) -> list[list[Any]]:
-    """The table of bytes, errors and losses."""
-    rows: list[list[Any]] = [
+def looped(contender: Contender, shapes: aot.Shapes, grads_dtype: DTypeLike) -> Callable[[], Any]:
+    """A call that takes a loop of steps on bfloat16 weights, from where the last one ended."""
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    grads = {
+        name: jax.random.normal(key, shape).astype(grads_dtype)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+    params = jax.tree.map(lambda g: 0.02 * g.astype(jnp.bfloat16), grads)
+    carry = [params, contender.tx.init(params)]  # under jit, theirs is folded at compile time, in seconds
+    steps = jax.jit(in_a_loop(contender.step), donate_argnums=(0, 1))
+    scales = jnp.ones(LOOP, grads_dtype)
+
+    def call() -> Any:
+        carry[:] = steps(*carry, grads, scales)
+        return jax.block_until_ready(carry)
+
+    return call
+
+
+def time_rows(leaves: dict[str, aot.Shapes], repeats: int) -> Iterator[list[Any]]:
+    """The time of a step of both, by leaves and dtype of the gradients."""
+    for (name, shapes), dtype in itertools.product(leaves.items(), (jnp.bfloat16, jnp.float32)):
+        calls = {who: looped(MAKERS[who](), shapes, dtype) for who in (KERNEL, OURS)}
+        seconds = interleaved(calls, repeats)
+        times = (milliseconds([x / LOOP for x in seconds[who]]) for who in (KERNEL, OURS))
+        yield ["a step", f"{name}, {jnp.dtype(dtype).name} gradients", *times]
+
+
+def measured(quick: bool) -> Iterator[Rows]:
+    """Parts of the table: bytes, and times where their kernel runs; errors; losses where it does not."""
+    sizes: Rows = [
         ["state, bytes a parameter", name, *(f"{bytes_a_parameter(make(), shapes):.3f}" for make in (theirs, ours))]
         for name, shapes in LEAVES.items()
     ]
+    timed = {"100 of 768": SMALL} if quick else TIMED_LEAVES
+    yield [*sizes, *(time_rows(timed, 3 if quick else 21) if on_gpu() else [])]
     cases = dict(itertools.islice(CASES.items(), 1 if quick else None))
-    rows += error_rows(cases, 20 if quick else STEPS, 1 if quick else SEEDS)
-    rows += training_rows([Training(_tasks.digits, 0.999, 2)] if quick else TRAININGS, 10 if quick else None)
-    return rows
+    yield list(error_rows(cases, 20 if quick else STEPS, 1 if quick else SEEDS))
+    if not on_gpu():
+        trainings = [Training(_tasks.digits, 0.999, 2)] if quick else TRAININGS
+        yield list(training_rows(trainings, 10 if quick else None))
 
 
 def compiled(
@@ -561,23 +607,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(MISSING)
     with contextlib.suppress(RuntimeError):  # where another script has started JAX already
         jax.config.update("jax_num_cpu_devices", 4)
-    rival = "flashoptim-jax"
     if aot.installed():
         aot.mesh_of("gpu", 1)  # before the processor is used, or its plugin is not registered
         leaves: dict[str, aot.Shapes] = {"64 x 64": {"w": (64, 64)}} if quick else COMPILED_LEAVES
         chips = aot.TARGETS["gpu"]
-        about: dict[str, Any] = {"hardware": chips.hardware, "packages": (rival, chips.package)}
+        about: dict[str, Any] = {"hardware": chips.hardware, "packages": (RIVAL, chips.package)}
         rows = list(traffic_rows(leaves))
         about |= {"answer": traffic_answer, "backend": "for-gpu", "quick": quick}
         save(NAME, TRAFFIC_QUESTION, TRAFFIC_COLUMNS, rows, TRAFFIC_NOTE, **about)
         if quick:  # the rest needs no compilers: it is as quick without them
             return
+    if not on_gpu():  # the places are seen from a processor
+        try_places(quick)
+    about = {"answer": answer, "packages": (RIVAL, "scikit-learn"), "quick": quick}
+    note = NOTE.format(here=BY_THE_KERNEL if on_gpu() else INTERPRETED)
+    rows = []
+    for some in measured(quick):  # the result is written after each, so that a run that is cut short leaves what it has
+        rows += some
+        save(NAME, QUESTION, COLUMNS, rows, note, **about)
+
+
+def try_places(quick: bool) -> None:
+    """Writes where each runs."""
     places = PLACES | (COMPILED_PLACES if aot.installed() and not quick else {})
     rows = list(itertools.islice(place_rows(places), 3 if quick else None))
-    about = {"answer": places_answer, "backend": "places", "packages": (rival,), "quick": quick}
+    about: dict[str, Any] = {"answer": places_answer, "backend": "places", "packages": (RIVAL,), "quick": quick}
     save(NAME, PLACES_QUESTION, PLACES_COLUMNS, rows, PLACES_NOTE, **about)
-    about = {"answer": answer, "packages": (rival, "scikit-learn"), "quick": quick}
-    save(NAME, QUESTION, COLUMNS, measured(quick), NOTE, **about)
 
 
 if __name__ == "__main__":

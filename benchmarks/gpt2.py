@@ -46,9 +46,10 @@ rate that warms up to {peak} and falls to zero on a cosine.
 
 The text is that of {files:,} files with a suffix of {suffixes} in Python's own folders on that machine, {bytes:,} bytes
 and {tokens:,} tokens, SHA-256 {digest}; one file of {held_out} is held out. A token is a frequent word or sign, or a
-byte. Train loss is the mean over the last tenth of the batches, in nats; one seed resolves no thousandth. Memory of the
-program: arguments, temporaries and results of the compiled steps, weights and activations included. Peak of the device
-is the largest so far, as the backend tells it; formats run in the order of their size, the text is counted."""
+byte. Train loss is the mean over the last tenth of the batches, in nats. It is of one seed: a difference of a percent,
+to either side, may be chance. Memory of the program: arguments, temporaries and results of the compiled steps, weights
+and activations included. Peak of the device is the largest so far, as the backend tells it; formats run in the order of
+their size, the text is counted."""
 
 Maker = Callable[[optax.Schedule], Any]
 
@@ -287,11 +288,11 @@ def last(one: Run) -> float:
     return float(one.curve[-max(1, len(one.curve) // 10) :].mean())
 
 
-def draw(curves: dict[str, np.ndarray], path: Path) -> None:
+def draw(curves: dict[str, np.ndarray], path: Path) -> Path | None:
     """The losses of all formats, and by how much they exceed those of float32, as means over a fiftieth of the run."""
     if importlib.util.find_spec("matplotlib") is None:
         print("No picture: matplotlib is not installed. --draw makes it later, also elsewhere.")
-        return
+        return None
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -307,6 +308,7 @@ def draw(curves: dict[str, np.ndarray], path: Path) -> None:
     right.grid(axis="y", alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
+    return path
 
 
 def answer(table: _report.Rows) -> _report.Answer:
@@ -336,7 +338,8 @@ def write(setting: Setting, text: Text, found: dict[str, Run]) -> None:
     _report.RESULTS.mkdir(exist_ok=True)
     curves: dict[str, Any] = {name: one.curve for name, one in found.items()}
     np.savez(curves_path(), **curves)
-    _report.save("gpt2", QUESTION, COLUMNS, rows(setting, found), note(setting, text), answer=answer)
+    about: dict[str, Any] = {"answer": answer, "picture": draw(curves, PICTURE) if FLOAT32.name in found else None}
+    _report.save("gpt2", QUESTION, COLUMNS, rows(setting, found), note(setting, text), **about)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -364,8 +367,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write(setting, text, found)
     if options.quick:
         print(*rows(setting, found), sep="\n")
-    else:
-        draw({name: one.curve for name, one in found.items()}, PICTURE)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ FORMATS = [
     Format("optax.nadamw, mu_dtype=bfloat16", jnp.float32, optax.nadamw(1e-3, mu_dtype=jnp.bfloat16)),
     Format("optax.nadamw", jnp.bfloat16, optax.nadamw(1e-3)),
 ]
+GROUPS = FORMATS[:3], FORMATS[3:6], FORMATS[6:9], FORMATS[9:]  # a few at a time, so that all fit
 COLUMNS = ["moments", "weights and gradients"]
 NOTE = """\
 The shapes of GPT-2 small, the whole step of `nadamw`, params and state donated. The state is all arrays of the
@@ -106,19 +107,20 @@ def running(format_: Format, shapes: Sequence[tuple[int, ...]], looped: int) -> 
     return call, single, stored
 
 
-def measured(shapes: Sequence[tuple[int, ...]], repeats: int, looped: int = 0) -> Iterator[list[Any]]:
-    """Memory and time of every format on this machine, a few at a time so that all fit."""
+def measured(some: list[Format], shapes: Sequence[tuple[int, ...]], repeats: int, looped: int = 0) -> Rows:
+    """Memory and time of some formats on this machine, beside a reference in float32."""
     size = sum(map(math.prod, shapes))
-    for some in (FORMATS[:3], FORMATS[3:6], FORMATS[6:9], FORMATS[9:]):
-        plain = Format("reference", jnp.float32, optax_nadam.nadamw(1e-3))
-        ready = {k: running(format_, shapes, looped) for k, format_ in enumerate([plain, *some])}
-        calls = interleaved({str(k): call for k, (call, _, _) in ready.items()}, repeats)
-        seconds = {k: [x / max(1, looped) for x in calls[str(k)]] for k in ready}
-        whole = median_and_spread(seconds[0])[0]
-        for k, format_ in enumerate(some, start=1):
-            _, executable, stored = ready[k]
-            counted = (executable.cost_analysis() or {}).get("bytes accessed")
-            yield [
+    plain = Format("reference", jnp.float32, optax_nadam.nadamw(1e-3))
+    ready = {k: running(format_, shapes, looped) for k, format_ in enumerate([plain, *some])}
+    calls = interleaved({str(k): call for k, (call, _, _) in ready.items()}, repeats)
+    seconds = {k: [x / max(1, looped) for x in calls[str(k)]] for k in ready}
+    whole = median_and_spread(seconds[0])[0]
+    rows = []
+    for k, format_ in enumerate(some, start=1):
+        _, executable, stored = ready[k]
+        counted = (executable.cost_analysis() or {}).get("bytes accessed")
+        rows.append(
+            [
                 format_.name,
                 jnp.dtype(format_.weights).name,
                 f"{stored / size:.3f}",
@@ -127,6 +129,8 @@ def measured(shapes: Sequence[tuple[int, ...]], repeats: int, looped: int = 0) -
                 milliseconds(seconds[k]),
                 f"{median_and_spread(seconds[k])[0] / whole:.2f}",
             ]
+        )
+    return rows
 
 
 def compiled_for(target: str) -> Iterator[list[Any]]:
@@ -172,23 +176,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     cpu = jax.default_backend() == "cpu"
     shapes = [(64, 64), (2048,)] if quick else gpt2_small()
-    rows = list(measured(shapes, repeats=3 if quick else 11, looped=0 if cpu else LOOP))
-    save(
-        "memory_formats",
-        "How much do the formats of moments and weights take?",
-        [
-            *COLUMNS,
-            "state, bytes a parameter",
-            "temporaries",
-            "bytes accessed a parameter",
-            "step",
-            "over float32's",
-        ],
-        rows,
-        NOTE.format(programs=ON_CPU if cpu else ON_DEVICE),
-        answer=answer,
-        quick=quick,
-    )
+    columns = [*COLUMNS, "state, bytes a parameter", "temporaries", "bytes accessed a parameter", "step"]
+    rows: Rows = []
+    for some in GROUPS:  # the result is written after each, so that a run that is cut short leaves what it has
+        rows += measured(some, shapes, repeats=3 if quick else 11, looped=0 if cpu else LOOP)
+        save(
+            "memory_formats",
+            "How much do the formats of moments and weights take?",
+            [*columns, "over float32's"],
+            rows,
+            NOTE.format(programs=ON_CPU if cpu else ON_DEVICE),
+            answer=answer,
+            quick=quick,
+        )
 
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ def distributions(rivals: Iterable[Rival]) -> tuple[str, ...]:
 def answer(rows: Rows) -> Answer:
     """Ours beside the other Nadams, on the shapes of GPT-2 small."""
     times = {row[1]: float(row[3].split(" ")[0]) for row in rows if row[0] == GPT2 and "nadam" in row[1].lower()}
-    others = {name: ratio for name, ratio in times.items() if not name.startswith("optax_nadam")}
+    others = {name: x for name, x in times.items() if not name.startswith("optax_nadam") and not name.endswith(LOOPED)}
     return Answer(
         f"{GPT2}: the other Nadams take {min(others.values()):.2f} to {max(others.values()):.2f} of our time.",
         f"{1 / times[OPTAX]:.2f} of `optax.nadam`",
