@@ -97,6 +97,42 @@ def test_lengths_of_steps_in_noise():
     np.testing.assert_allclose(plots.step_lengths(True)[:20], lengths_by_the_formula({}, grads), rtol=1e-5)
 
 
+def named_on(page, phrases):
+    text = " ".join((DOCS / page).read_text().split())
+    return [phrase for phrase in phrases if phrase not in text]
+
+
+def test_lengths_named_beside_the_picture():
+    one = {rule: plots.step_lengths(False, rule=rule) for rule in ("constant", "simplified", "undebiased")}
+    slow, fast = (plots.step_lengths(True, momentum_decay=psi)[100:300].mean() for psi in (0.004, 1.0))
+    first = [lengths[0] for lengths in one.values()]
+    phrases = [
+        "{:.1f} and {:.1f} times the step".format(*first),
+        f"length is {slow:.2f} with",
+        f"and {fast:.2f} in Keras",
+    ]
+    assert named_on("which.md", phrases) == []
+    assert 6 < first[-1] < one["undebiased"][3] < 6.5
+    assert one["undebiased"][1000] > 1.1
+    assert 5.5 < plots.step_lengths(False, rule="loss_scaled", momentum_decay=1.0)[-1] < 6
+
+
+def test_levels_late_in_a_run():
+    def level(mu, b1=0.9):
+        return ((1 - mu * b1) ** 2 + (mu * b1) ** 2 * (1 - b1) / (1 + b1)) ** 0.5
+
+    assert named_on("maths.md", [rf"{level(0.9):.2f} for $\mu = 0.9$ and {level(0.45):.2f} for $\mu = 0.45$"]) == []
+    np.testing.assert_allclose(plots.step_lengths(True, momentum_decay=1.0)[500:1500].mean(), level(0.9), rtol=0.02)
+
+
+def test_a_complement_that_is_subtracted_has_the_error_named():
+    log = np.log(0.999)
+    exact = -np.expm1(log)
+    subtracted = abs((1 - np.float32(0.999)) / exact - 1)
+    assert named_on("maths.md", [f"relative error of {subtracted:.0e} when subtracted".replace("e-0", "e-")]) == []
+    assert abs(-np.expm1(np.float32(log)) / exact - 1) < 2e-7
+
+
 def curve(line):
     """Steps and values."""
     t, y = line.get_xydata().T
