@@ -241,7 +241,7 @@ def recorded(release):
 @pytest.mark.parametrize("name", RECORDED)
 def test_a_state_of_an_earlier_release_loads_and_continues_as_it_did_there(name, release, recorded):
     tx = record_state.optimizer()
-    opt_state = RECORDED[name].load(RECORDINGS / name.format(release), jax.eval_shape(tx.init, recorded["params"]))
+    opt_state = RECORDED[name].load(RECORDINGS / name.format(release), tx.init(recorded["params"]))
     assert_same_bits(opt_state, recorded["opt_state"])
 
     updates, _ = jax.jit(tx.update)(recorded["gradients"], opt_state, recorded["params"])

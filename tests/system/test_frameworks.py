@@ -4,6 +4,7 @@ from typing import Any
 
 import chex
 import equinox as eqx
+import flax
 import haiku as hk
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ import optax_nadam
 
 pytestmark = pytest.mark.lenient("these libraries mix dtypes")
 STEPS = 60
+FLAX = tuple(map(int, flax.__version__.split(".")[:3]))
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,7 @@ def by_name(tree):
     return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in paths}
 
 
+@pytest.mark.xfail(FLAX < (0, 12, 2), reason="fails on records in variables", raises=TypeError, strict=True)
 @pytest.mark.parametrize("name", IN_NNX)
 def test_states_in_flax_nnx_are_those_of_plain_optax(name):
     """Flax nnx makes mappings of the records in its variables, their fields sorted by name."""
