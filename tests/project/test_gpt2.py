@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import json
 import sysconfig
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -168,3 +169,18 @@ def test_steps_must_be_whole_chunks(folder, capsys):
     with pytest.raises(SystemExit):
         gpt2.main(["--steps", "6"])
     assert "--steps must be a multiple of 4, got 6" in capsys.readouterr().err
+
+
+def test_the_page_says_what_the_run_on_a_gpu_found():
+    result = json.loads((_report.RESULTS / "gpt2-gpu.json").read_text())
+    page = " ".join((Path(__file__).parents[2] / "docs" / "memory.md").read_text().split())
+    least = min(float(row[3]) for row in result["rows"])
+    assert all(float(row[3]) <= 1 for row in result["rows"])
+    speeds = sorted(float(row[6].replace(",", "")) / 1000 for row in result["rows"])
+    memory = sorted(float(row[7]) for row in result["rows"])
+    for said in (
+        f"up to {100 * (1 - least):.1f}% below",
+        f"{speeds[0]:.0f} to {speeds[-1]:.0f} thousand tokens",
+        f"{memory[0]:.1f} GB in place of {memory[-1]:.1f}",
+    ):
+        assert said in page
