@@ -251,6 +251,14 @@ def verdicts(leaves: str, outcome: Outcome) -> Iterator[str]:
             yield verdict(f"{leaves}: {base} over {FUSED}", outcome.ratios(base, FUSED), at_most=1.05)
 
 
+def launches(leaves: str, outcome: Outcome, number: int) -> str:
+    """What a leaf costs beside its memory traffic, in a loop of steps: the launch of its kernel."""
+    ours = next(one for one in outcome.rivals if one.name == OURS + LOOPED)
+    seconds = statistics.median(outcome.seconds(ours.name))
+    beside = seconds * (1 - statistics.median(outcome.of_the_copy(ours))) / number
+    return f"- {leaves}: in a loop, {1e6 * beside:.1f} microseconds a leaf beside the traffic at the copy's bandwidth."
+
+
 def verdict(what: str, found: list[float], *, at_most: float = math.inf, at_least: float = -math.inf) -> str:
     """Whether the median meets a target, and whether the target is within its confidence interval."""
     value, (low, high) = statistics.median(found), interval(found)
@@ -330,6 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         outcome = outcome_of(there, shapes, FEW if quick else REPEATS)
         table += rows(leaves, outcome)
         met += verdicts(leaves, outcome)
+        if any(one.name == OURS + LOOPED for one in there):
+            met.append(launches(leaves, outcome, len(shapes)))
         absent |= dict.fromkeys(absences(candidates))
         present += there
         note = "\n".join([*met, *absent])

@@ -312,6 +312,9 @@ def test_verdicts_on_a_gpu():
         said("Met", f"{FOREACH} over {OURS + LOOPED}", "3.000", "at least 3"),
         said("Met", f"{OURS + LOOPED} over {FUSED}", "1.034", "at most 1.05"),
     ]
+    assert step_time.launches("some", outcome, 200) == (  # of 30 ms, the traffic takes 28
+        "- some: in a loop, 10.0 microseconds a leaf beside the traffic at the copy's bandwidth."
+    )
     without_torch = outcome_of({name: x for name, x in times.items() if "torch" not in name} | {OURS + LOOPED: 0.030})
     assert len(list(step_time.verdicts("some", without_torch))) == 3
 
