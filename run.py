@@ -47,9 +47,10 @@ def environment(folder: Path, extra: str, constraints: Path) -> Path:
     wanted = (ROOT / "pyproject.toml").read_bytes() + constraints.read_bytes()
     stamp = folder / f"installed-{extra}-{hashlib.sha256(wanted).hexdigest()[:16]}"
     if not stamp.exists():
-        print(f"Setting up {folder} (once; a few minutes) ...", flush=True)
+        print(f"Setting up {folder} (once; a minute or two) ...", flush=True)
         venv.create(folder, with_pip=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", "-c", constraints, "-e", f"{ROOT}[{extra}]"], check=True)
+        install = [python, "-m", "pip", "install", "-q", "--no-compile", "-c", constraints]
+        subprocess.run([*install, "-e", f"{ROOT}[{extra}]"], check=True)
         stamp.touch()
     return python
 
