@@ -49,8 +49,8 @@ def environment(folder: Path, extra: str, constraints: Path) -> Path:
     if not stamp.exists():
         print(f"Setting up {folder} (once; a minute or two) ...", flush=True)
         venv.create(folder, with_pip=True)
-        install = [python, "-m", "pip", "install", "-q", "--no-compile", "-c", constraints]
-        subprocess.run([*install, "-e", f"{ROOT}[{extra}]"], check=True)
+        install = ["-m", "pip", "install", "-q", "--no-compile", "-c", str(constraints), "-e", f"{ROOT}[{extra}]"]
+        subprocess.run([python, *install], check=True)
         stamp.touch()
     return python
 
