@@ -73,7 +73,9 @@ def test_the_full_setting_is_the_size_of_gpt2_small():
 def test_formats_have_the_same_weights_and_batches(found):
     wide, narrow = found[FLOAT32.name].curve, found[COMPENSATED.name].curve
     assert len(wide) == TINY.steps
-    np.testing.assert_allclose(narrow[:3], wide[:3], rtol=2e-3)
+    # The first learning rate is zero: two batches with the first weights, which the model rounds to bfloat16.
+    np.testing.assert_allclose(narrow[:2], wide[:2], rtol=1e-6)
+    assert wide[0] != wide[1]
     assert np.any(narrow != wide)
     assert wide[0] == pytest.approx(np.log(TINY.vocabulary), rel=0.2)
 
