@@ -174,6 +174,11 @@ def _place(name: str) -> int:
 
 def write_tables() -> None:
     """README.md of this folder, from the results."""
+    (Path(__file__).parent / "README.md").write_text(page())
+
+
+def page() -> str:
+    """All results in Markdown."""
     paths = sorted(RESULTS.glob("*.json"), key=lambda path: (_place(path.name), path.name))
     results = [json.loads(path.read_text()) for path in paths]
     head = (
@@ -187,4 +192,4 @@ def write_tables() -> None:
         for result in results
     ]
     answers = table({"columns": ["question", "answer", "ratio"], "rows": first}) + "\n"
-    (Path(__file__).parent / "README.md").write_text("\n".join([head, answers, *map(section, results)]))
+    return "\n".join([head, answers, *map(section, results)])

@@ -468,6 +468,10 @@ def test_a_package_that_is_only_on_the_path_has_a_version_too(saved, monkeypatch
     assert result["versions"]["optax_nadam"] == optax_nadam.__version__
 
 
+def test_the_page_is_that_of_the_results():
+    assert (_report.RESULTS.parent / "README.md").read_text() == _report.page()
+
+
 def test_every_result_has_an_answer():
     for path in _report.RESULTS.glob("*.json"):
         result = json.loads(path.read_text())
