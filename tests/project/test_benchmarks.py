@@ -468,6 +468,16 @@ def test_a_package_that_is_only_on_the_path_has_a_version_too(saved, monkeypatch
     assert result["versions"]["optax_nadam"] == optax_nadam.__version__
 
 
+def test_the_readme_has_the_times_of_the_result_on_a_gpu():
+    result = json.loads((_report.RESULTS / "step_time-gpu.json").read_text())
+    times = {row[1]: float(row[2].split()[0]) for row in result["rows"] if row[0] == step_time.GPT2}
+    torch, theirs, fused = (times[name] / times[OURS + LOOPED] for name in (FOREACH, OPTAX + LOOPED, FUSED))
+    said = (
+        f"torch's NAdam takes {torch:.1f} times our time, `optax.nadam` {theirs:.2f}, torch's fused AdamW {fused:.2f}"
+    )
+    assert said in " ".join((_report.RESULTS.parents[1] / "README.md").read_text().split())
+
+
 def test_the_page_is_that_of_the_results():
     assert (_report.RESULTS.parent / "README.md").read_text() == _report.page()
 
@@ -539,6 +549,8 @@ def test_beside_a_gpu_formats_are_timed_in_a_loop_and_bytes_may_be_missing(short
     monkeypatch.setattr(memory_formats, "interleaved", once)
     memory_formats.main([])
     rows = json.loads((short / "results" / "memory_formats-gpu.json").read_text())["rows"]
+    question = json.loads((short / "results" / "memory_formats-gpu.json").read_text())["question"]
+    assert question == f"On {_report.machine()}: how much do the formats of moments and weights take?"
     assert [row[-3:] for row in rows] == 2 * [["not counted", "1 ms (1 to 1)", "1.00"]]
     assert f"{step_time.LOOP} steps as one program" in capsys.readouterr().out
     assert timed[0] == 3

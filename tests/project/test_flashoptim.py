@@ -9,6 +9,7 @@ from jax import numpy as jnp
 
 from benchmarks import _tasks, flashoptim
 from benchmarks.flashoptim import Case, Run
+from benchmarks.step_time import LOOP
 
 pytestmark = pytest.mark.lenient("the rival needs it")
 
@@ -97,3 +98,19 @@ def test_ours_runs_split_chained_and_under_vmap():
 def test_bytes_of_a_state():
     assert flashoptim.bytes_a_parameter(flashoptim.ours(), {"w": (1024, 1024)}) == pytest.approx(3.004, abs=1e-3)
     assert flashoptim.bytes_a_parameter(flashoptim.float32(), {"w": (64, 64)}) == pytest.approx(4, abs=1e-2)
+
+
+def test_a_step_is_timed_as_one_of_a_loop_that_continues(monkeypatch):
+    """Theirs runs on a GPU only: ours stands for both."""
+    monkeypatch.setitem(flashoptim.MAKERS, flashoptim.KERNEL, flashoptim.ours)
+    seen = []
+
+    def once(calls, repeats):
+        for call in calls.values():
+            seen.append([int(call()[1].inner_state[0].count) for _ in range(2)])
+        return {name: [LOOP * 1e-3] * repeats for name in calls}
+
+    monkeypatch.setattr(flashoptim, "interleaved", once)
+    rows = list(flashoptim.time_rows({"some": {"w": (8, 8)}}, 2))
+    assert rows == [["a step", f"some, {x} gradients", *2 * ["1 ms (1 to 1)"]] for x in ("bfloat16", "float32")]
+    assert seen == 4 * [[LOOP, 2 * LOOP]]
