@@ -32,7 +32,7 @@ accessed are XLA's own count; it adds up both branches of accumulation, of which
 """
 ON_CPU = """
 XLA:CPU makes a kernel of each result, which together move 44 bytes a parameter, and does not compute the operands of a
-sum within the sum. So the mask of `cautious` and the squares of `clip_update_rms` are written out and read again: 4
+sum within the sum. So the mask of `cautious` and the squares of `clip_by_gradient_rms` are written out and read again: 4
 bytes of temporaries."""
 COMPILED_NOTE = f"""\
 One leaf of 8192 x 8192, one chip, compiled ahead of time and not run; needs the extra `aot`. Traffic is what passes
@@ -52,7 +52,7 @@ OPTIONS: dict[str, Any] = {
     "optax.clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), NADAMW),
     "clip_norm, a leaf": config(clip_norm=1.0),
     "cautious": config(cautious=True),
-    "clip_update_rms": config(clip_update_rms=0.5),
+    "clip_by_gradient_rms": config(clip_by_gradient_rms=0.5),
     "accumulate_steps": config(accumulate_steps=GRADIENTS),
     "optax.MultiSteps": optax.MultiSteps(NADAMW, GRADIENTS).gradient_transformation(),
     "optax.apply_if_finite": optax.apply_if_finite(NADAMW, 5),
@@ -123,7 +123,7 @@ def compiled_for(target: str) -> Iterator[list[Any]]:
 def answer(rows: Rows) -> Answer:
     """The step with each option over the plain one; the second column is the time, or the traffic where compiled."""
     plain, column = row_of(rows, PLAIN), 2 if len(rows[0]) > 3 else 1
-    names = ("clip_global_norm", "cautious", "clip_update_rms", "accumulate_steps")
+    names = ("clip_global_norm", "cautious", "clip_by_gradient_rms", "accumulate_steps")
     over = {name: float(row_of(rows, name)[column]) / float(plain[column]) for name in names}
     return Answer(
         "A gradient takes " + ", ".join(f"{ratio:.2f} with `{name}`" for name, ratio in over.items()) + ".",

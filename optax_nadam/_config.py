@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 from optax_nadam import _validation as validation
 from optax_nadam import _wrappers as wrappers
 from optax_nadam._moments import parse_format
-from optax_nadam._nadam import scale_by_nadam
-from optax_nadam._rules import Rule, RuleName, mu_product_after, parse_rule
+from optax_nadam._nadam import scale_by
+from optax_nadam._rules import Hyperparameters, Rule, RuleName, mu_product_after, parse_rule
 from optax_nadam._schedules import ScheduleConfig, inverse_time_decay, parse_learning_rate
 from optax_nadam._state import put_count
 
@@ -104,7 +104,7 @@ class NadamConfig:
       clip_value: the largest magnitude of a gradient's element, positive; None for no limit.
       clip_norm: the largest Euclidean norm of a leaf's gradient, positive; None for no limit.
       clip_global_norm: the largest norm of all gradients together, positive; None for no limit.
-      clip_update_rms: the largest root mean square of :math:`g / (\sqrt{\hat v} + \varepsilon)` in a leaf, above which
+      clip_by_gradient_rms: the largest root mean square of :math:`g / (\sqrt{\hat v} + \varepsilon)` in a leaf, above which
         its update is scaled down, positive; None for no limit.
       cautious: drop elements of the update that point away from the gradient.
       maximize: ascend, for an objective to maximize.
@@ -140,7 +140,7 @@ class NadamConfig:
     clip_value: float | None = field(default=None, metadata=_by(_optional(_positive)))
     clip_norm: float | None = field(default=None, metadata=_by(_optional(_positive)))
     clip_global_norm: float | None = field(default=None, metadata=_by(_optional(_positive)))
-    clip_update_rms: float | None = field(default=None, metadata=_by(_optional(_positive)))
+    clip_by_gradient_rms: float | None = field(default=None, metadata=_by(_optional(_positive)))
     cautious: bool = field(default=False, metadata=_by(_bool))
     maximize: bool = field(default=False, metadata=_by(_bool))
     complex_as_real: bool = field(default=False, metadata=_by(_bool))
@@ -218,15 +218,16 @@ class NadamConfig:
         return (lambda count: factor * learning_rate(count)) if callable(learning_rate) else factor * learning_rate
 
     def _step(self) -> optax.GradientTransformationExtraArgs:
-        names = ("b1", "b2", "eps", "eps_root", "momentum_decay", "rule", "m_dtype", "v_dtype")
-        make = functools.partial(scale_by_nadam, **{name: getattr(self, name) for name in names})
-        tx = make()
-        if self.clip_update_rms is not None:
+        rule = parse_rule("rule", self.rule)
+        h = Hyperparameters(*(getattr(self, name) for name in Hyperparameters._fields))
+        make = functools.partial(scale_by, rule, m_dtype=self.m_dtype, v_dtype=self.v_dtype)
+        tx = make(h, power=rule.power)
+        if self.clip_by_gradient_rms is not None:
             # The roots differ by less than is ever seen: two equal ones are computed once and stored by XLA:CPU.
-            normalise = make(b1=0.0, eps_root=self.eps_root + _TINY)
-            tx = wrappers.clip_by_gradient_rms(tx, normalise, self.clip_update_rms)
+            normalise = make(h._replace(b1=0.0, eps_root=self.eps_root + _TINY), power=rule.power)
+            tx = wrappers.clip_by_gradient_rms(tx, normalise, self.clip_by_gradient_rms)
         if self.cautious:
-            tx = wrappers.cautious(tx, make(rule=dataclasses.replace(parse_rule("rule", self.rule), power=0.0)))
+            tx = wrappers.cautious(tx, make(h, power=0.0))
         return tx
 
     def to_dict(self) -> dict[str, Any]:

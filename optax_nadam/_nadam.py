@@ -127,10 +127,16 @@ def scale_by_nadam(
       Dozat, `Incorporating Nesterov Momentum into Adam
       <https://openreview.net/forum?id=OM0jvwB8jIp57ZJjtNEZ>`_, 2016.
     """
-    h = Hyperparameters(b1, b2, eps, eps_root, momentum_decay)
+    variant, h = parse_rule("rule", rule), Hyperparameters(b1, b2, eps, eps_root, momentum_decay)
+    return scale_by(variant, h, m_dtype, v_dtype, variant.power)
+
+
+def scale_by(
+    rule: Rule, h: Hyperparameters, m_dtype: DTypeLike | None, v_dtype: DTypeLike | None, power: float
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`scale_by_nadam` with another exponent than the rule's; with 0 the update is not normalised."""
     check_hyperparameters(h)
     m_format, v_format = parse_format("m_dtype", m_dtype), parse_format("v_dtype", v_dtype)
-    variant = parse_rule("rule", rule)
 
     def init(params: optax.Params) -> ScaleByNadamState:
         validation.check_leaves("params", params)
@@ -156,9 +162,9 @@ def scale_by_nadam(
             validation.check_like_moments("params", params, m)
         with jax.named_scope("nadam"):
             count = optax.safe_increment(state.count)
-            mu_product, c = scalars_of_step(variant, count, state.mu_product, h)
+            mu_product, c = scalars_of_step(rule, count, state.mu_product, h)
             leaves = zip(*(jax.tree.leaves(tree, is_quantized) for tree in (updates, m, v)), strict=True)
-            stepped = [_update_leaf(g, m, v, c, count, variant.power) for g, m, v in leaves]
+            stepped = [_update_leaf(g, m, v, c, count, power) for g, m, v in leaves]
         u, m, v = _unzip(jax.tree.structure(updates), stepped)
         product = mu_product.astype(state.mu_product.dtype)
         return u, ScaleByNadamState(count, product, in_form_of(state.m, m), in_form_of(state.v, v))

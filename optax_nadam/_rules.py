@@ -68,20 +68,21 @@ class Coefficients(NamedTuple):
     eps: jax.Array
 
 
+MDecay = Literal["b1", "mu"]
 MCorrection = Literal["next", "current", "twice", "none"]
 VCorrection = Literal["current", "next", "none"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Rule:
     r"""A variant of Nadam, as static data from which the scalars of a step are computed.
 
     Attributes:
-      warmup: :math:`\mu_t = \beta_1 (1 - \tfrac12 0.96^{\psi t})`; otherwise :math:`\mu_t = \beta_1`.
-      keeps_product: :math:`P_t = P_{t-1} \mu_t`; otherwise :math:`P_t = \mu_t`.
-      look_ahead: the update is :math:`\mu_{t+1} m_t + (1 - \mu_t) g_t`, each term debiased; otherwise ``m`` alone, as
+      momentum_schedule: :math:`\mu_t = \beta_1 (1 - \tfrac12 0.96^{\psi t})`; otherwise :math:`\mu_t = \beta_1`.
+      running_product: :math:`P_t = P_{t-1} \mu_t`; otherwise :math:`P_t = \mu_t`.
+      nesterov: the update is :math:`\mu_{t+1} m_t + (1 - \mu_t) g_t`, each term debiased; otherwise ``m`` alone, as
         in Adam.
-      m_by_momentum: ``m`` decays by :math:`\mu_t`; otherwise by :math:`\beta_1`.
+      m_decay: what ``m`` decays by: ``"b1"``, :math:`\beta_1`, or ``"mu"``, :math:`\mu_t`.
       m_correction: what ``m`` is divided by, to correct its bias towards zero: :math:`1 - P_{t+1}` (``"next"``, the
         product up to the look-ahead momentum), :math:`1 - P_t` (``"current"``), :math:`1 - P_t \mu_t \mu_{t+1}`
         (``"twice"``: PyTorch before 2.0) or nothing (``"none"``). The gradient is divided by :math:`1 - P_t`, with
@@ -89,23 +90,22 @@ class Rule:
       v_correction: what ``v`` is divided by: :math:`1 - \beta_2^t` (``"current"``), :math:`(1 - \beta_2^t) / \beta_2`
         (``"next"``) or nothing (``"none"``).
       eps_hat: epsilon is added before ``v`` is debiased: :math:`\varepsilon_t = \varepsilon / \sqrt{1-\beta_2^t}`.
-      power: the exponent of the debiased ``v`` in the denominator, not negative; 0.5 is the square root, with 0 the
-        update is not normalised.
+      power: the exponent of the debiased ``v`` in the denominator, positive; 0.5 is the square root.
 
     Raises:
-      ValueError: a correction that is not one of those above, or a power that is negative or not finite.
+      ValueError: a decay or correction that is not one of those above, or a power that is not positive and finite.
       TypeError: a power that is not a number, or another value that is not a boolean.
 
     Examples:
       >>> import optax_nadam
-      >>> cube_root = optax_nadam.Rule(warmup=False, power=1 / 3)
+      >>> cube_root = optax_nadam.Rule(momentum_schedule=False, power=1 / 3)
       >>> tx = optax_nadam.nadam(rule=cube_root)
     """
 
-    warmup: bool = True
-    keeps_product: bool = True
-    look_ahead: bool = True
-    m_by_momentum: bool = False
+    momentum_schedule: bool = True
+    running_product: bool = True
+    nesterov: bool = True
+    m_decay: MDecay = "b1"
     m_correction: MCorrection = "next"
     v_correction: VCorrection = "current"
     eps_hat: bool = False
@@ -113,11 +113,12 @@ class Rule:
 
     def __post_init__(self) -> None:
         """Checks type and range of every field."""
-        for name in ("warmup", "keeps_product", "look_ahead", "m_by_momentum", "eps_hat"):
+        for name in ("momentum_schedule", "running_product", "nesterov", "eps_hat"):
             validation.check_bool(name, getattr(self, name))
+        validation.check_choice("m_decay", self.m_decay, typing.get_args(MDecay))
         validation.check_choice("m_correction", self.m_correction, typing.get_args(MCorrection))
         validation.check_choice("v_correction", self.v_correction, typing.get_args(VCorrection))
-        validation.check_not_negative("power", self.power)
+        validation.check_positive("power", self.power)
 
 
 RuleName = Literal[
@@ -133,19 +134,19 @@ RuleName = Literal[
     "flux",
 ]
 
-_SIMPLIFIED = Rule(warmup=False, m_correction="current")
+_SIMPLIFIED = Rule(momentum_schedule=False, m_correction="current")
 
 RULES: dict[str, Rule] = {
     "scheduled": Rule(),
-    "constant": Rule(warmup=False),
+    "constant": Rule(momentum_schedule=False),
     "simplified": _SIMPLIFIED,
-    "dozat2016": Rule(m_by_momentum=True, v_correction="next"),
-    "adam": dataclasses.replace(_SIMPLIFIED, look_ahead=False),
+    "dozat2016": Rule(m_decay="mu", v_correction="next"),
+    "adam": dataclasses.replace(_SIMPLIFIED, nesterov=False),
     "torch1": Rule(m_correction="twice"),
-    "loss_scaled": Rule(keeps_product=False),
+    "loss_scaled": Rule(running_product=False),
     "eps_hat": dataclasses.replace(_SIMPLIFIED, eps_hat=True),
-    "undebiased": Rule(warmup=False, m_correction="none", v_correction="none"),
-    "flux": Rule(warmup=False, v_correction="next"),
+    "undebiased": Rule(momentum_schedule=False, m_correction="none", v_correction="none"),
+    "flux": Rule(momentum_schedule=False, v_correction="next"),
 }
 
 
@@ -217,10 +218,10 @@ def _scalars_of_step(
 
 def product_at(rule: Rule, t: jax.Array, previous: jax.Array, h: Hyperparameters) -> Factor:
     r"""The product of the momenta, :math:`P_t`, from :math:`P_{t-1}`."""
-    if not rule.warmup:
+    if not rule.momentum_schedule:
         return _power(h.b1, t)
     mu = momentum_at(t, h, rule)
-    return mu * Factor.of(previous) if rule.keeps_product else mu
+    return mu * Factor.of(previous) if rule.running_product else mu
 
 
 def coefficients_at(rule: Rule, t: jax.Array, product: Factor, h: Hyperparameters) -> Coefficients:
@@ -243,10 +244,10 @@ def coefficients_at(rule: Rule, t: jax.Array, product: Factor, h: Hyperparameter
 
     scalar = functools.partial(jnp.asarray, dtype=scalar_dtype())
     return Coefficients(
-        m_weight=scalar(mu.complement if rule.m_by_momentum else 1 - h.b1),
+        m_weight=scalar(mu.complement if rule.m_decay == "mu" else 1 - h.b1),
         v_weight=scalar(1 - h.b2),
-        cg=scalar(mu.complement / g_debias if rule.look_ahead else 0.0),
-        cm=scalar((next_mu.value if rule.look_ahead else 1.0) / m_debias),
+        cg=scalar(mu.complement / g_debias if rule.nesterov else 0.0),
+        cm=scalar((next_mu.value if rule.nesterov else 1.0) / m_debias),
         cv=scalar(cv),
         eps_root=scalar(h.eps_root),
         eps=scalar(h.eps / jnp.sqrt(v_decay.complement) if rule.eps_hat else h.eps),
@@ -256,16 +257,16 @@ def coefficients_at(rule: Rule, t: jax.Array, product: Factor, h: Hyperparameter
 def momentum_at(step: jax.Array | np.ndarray, h: Hyperparameters, rule: Rule) -> Factor:
     r"""Momentum at a step, :math:`\mu_t = \beta_1 (1 - \tfrac12 0.96^{\psi t})` or :math:`\beta_1`."""
     exp = np.exp if isinstance(step, np.ndarray) else jnp.exp
-    withheld = 0.5 * exp(_LOG_096 * h.momentum_decay * step) if rule.warmup else 0.0
+    withheld = 0.5 * exp(_LOG_096 * h.momentum_decay * step) if rule.momentum_schedule else 0.0
     return Factor(h.b1 * (1 - withheld), (1 - h.b1) + h.b1 * withheld)
 
 
 def mu_product_after(count: int, b1: float, momentum_decay: float, rule: Rule) -> float:
     r""":math:`P_t` after a number of steps, in double precision, for checkpoints that do not store it."""
-    if not rule.warmup:
+    if not rule.momentum_schedule:
         return b1**count
     h = Hyperparameters(b1, 0.0, 0.0, 0.0, momentum_decay)
-    first = 1 if rule.keeps_product else max(1, count)
+    first = 1 if rule.running_product else max(1, count)
     steps = np.arange(first, min(count, _STEPS_TO_ZERO) + 1, dtype=np.float64)
     return float(np.prod(momentum_at(steps, h, rule).value))
 

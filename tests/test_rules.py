@@ -93,10 +93,11 @@ def test_rules_come_from_json_and_go_into_it():
     [
         ("m_correction", "thrice", ValueError, "must be one of 'next', 'current', 'twice', 'none', got 'thrice'"),
         ("v_correction", "twice", ValueError, "must be one of 'current', 'next', 'none', got 'twice'"),
-        ("power", -1, ValueError, "must be finite and not negative, got -1"),
+        ("m_decay", "b2", ValueError, "must be one of 'b1', 'mu', got 'b2'"),
+        ("power", 0, ValueError, "must be finite and positive, got 0"),
         ("power", "half", TypeError, "must be a number"),
-        *((name, "no", TypeError, "must be True or False, got 'no'") for name in ("warmup", "keeps_product")),
-        *((name, 1, TypeError, "must be True or False, got 1") for name in ("look_ahead", "m_by_momentum", "eps_hat")),
+        *((name, "no", TypeError, "must be True or False, got 'no'") for name in ("momentum_schedule", "eps_hat")),
+        *((name, 1, TypeError, "must be True or False, got 1") for name in ("nesterov", "running_product")),
     ],
 )
 def test_a_rule_that_no_step_could_follow_is_refused_when_it_is_made(field, value, kind, text):
@@ -167,7 +168,7 @@ def test_the_tables_of_the_rules_have_the_formulas_of_the_code(where, formulas, 
     assert tuple(formulas) == tuple(_rules.RULES)
     h = _rules.Hyperparameters(0.9, 0.99, 1e-3, 0.0, 0.3)
     scheduled = [0.9 * (1 - 0.5 * 0.96 ** (0.3 * k)) for k in range(1, 9)]
-    mu = scheduled if _rules.RULES[rule].warmup else 8 * [0.9]
+    mu = scheduled if _rules.RULES[rule].momentum_schedule else 8 * [0.9]
     product, next_product = math.prod(mu[:7]), math.prod(mu)
     if rule == "loss_scaled":
         product, next_product = mu[6], mu[6] * mu[7]

@@ -160,7 +160,7 @@ def test_caution_sees_the_sign_of_gradients_whose_product_with_the_update_vanish
     np.testing.assert_array_equal(jnp.sign(cautious_step(jnp.zeros(2), jnp.asarray([1e-30, -1e-30]))), [1, -1])
 
 
-@pytest.mark.parametrize("option", [{"cautious": True}, {"clip_update_rms": 0.5}, {"accumulate_steps": 1}])
+@pytest.mark.parametrize("option", [{"cautious": True}, {"clip_by_gradient_rms": 0.5}, {"accumulate_steps": 1}])
 def test_a_gradient_that_is_nan_is_seen_in_the_update(option):
     """Now and in the steps after it: a masked element would stand still and nobody would know."""
     tx, g = NadamConfig(**option).build(), jnp.asarray([jnp.nan, 1.0])
@@ -188,7 +188,7 @@ def test_caution_takes_the_mask_from_the_update_itself(rng, rule):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_clipping_by_the_rms_of_the_gradient_over_the_root(rng, dtype):
-    config = NadamConfig(learning_rate=1.0, rule="simplified", clip_update_rms=0.5)
+    config = NadamConfig(learning_rate=1.0, rule="simplified", clip_by_gradient_rms=0.5)
     tx = config.build()
     grads = [jnp.asarray(scale * rng.normal(size=50), dtype) for scale in (1.0, 0.1, 3.0)]
     state = tx.init(grads[0])
@@ -211,7 +211,7 @@ def as_complex(x):
 
 
 @pytest.mark.lenient("Optax splits complex leaves with mixed dtypes")
-@pytest.mark.parametrize("option", [{"cautious": True}, {"clip_update_rms": 0.5}])
+@pytest.mark.parametrize("option", [{"cautious": True}, {"clip_by_gradient_rms": 0.5}])
 def test_a_complex_leaf_as_two_real_ones_is_masked_and_clipped_as_one_leaf(rng, option):
     """As ``torch.view_as_real`` has it: one leaf with a last axis of two."""
     parts = jnp.asarray(rng.normal(size=(10, 6, 2)), jnp.float32) * jnp.linspace(0.1, 2.0, 10)[:, None, None]
@@ -223,7 +223,7 @@ def test_a_complex_leaf_as_two_real_ones_is_masked_and_clipped_as_one_leaf(rng, 
     np.testing.assert_allclose(got, as_complex(expected), rtol=1e-5)
 
 
-@pytest.mark.parametrize("option", [{"cautious": True}, {"clip_update_rms": 0.5}])
+@pytest.mark.parametrize("option", [{"cautious": True}, {"clip_by_gradient_rms": 0.5}])
 def test_masks_and_clips_of_complex_leaves_turn_with_them(rng, option):
     """Nadam's step rotates with the gradients, and so do masks and clips: by a quarter turn or any other angle."""
     g = jnp.asarray(rng.normal(size=(10, 6)) + 1j * rng.normal(size=(10, 6)), jnp.complex64)
@@ -236,7 +236,7 @@ def test_masks_and_clips_of_complex_leaves_turn_with_them(rng, option):
 def test_clipping_by_the_rms_takes_the_absolute_value():
     steps = []
     for g in (0.5, 0.5j):
-        tx = NadamConfig(learning_rate=1.0, rule="simplified", clip_update_rms=0.1).build()
+        tx = NadamConfig(learning_rate=1.0, rule="simplified", clip_by_gradient_rms=0.1).build()
         steps.append(tx.update(jnp.full(1, g, jnp.complex64), tx.init(jnp.ones(1, jnp.complex64)))[0])
     np.testing.assert_allclose(steps[1], 1j * steps[0], rtol=1e-6)
     np.testing.assert_allclose(steps[0], -0.19, rtol=1e-5)

@@ -218,7 +218,7 @@ def config_to(config: NadamConfig, dialect: str) -> dict[str, Any]:
         return {"name": "Nadam", **shared, "jit_compile": True, "is_legacy_optimizer": False}
     steps = config.accumulate_steps if config.accumulate_steps > 1 else None
     nadam = {"name": "nadam", **shared, "loss_scale_factor": None, "gradient_accumulation_steps": steps}
-    return nadam if rule_of(config).keeps_product else _loss_scaled(nadam)
+    return nadam if rule_of(config).running_product else _loss_scaled(nadam)
 
 
 def _loss_scaled(nadam: dict[str, Any]) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _notes(dialect: str, found: Checkpoint, learning_rate: float | None) -> Iter
 def _product_notes(dialect: str, count: int, config: NadamConfig) -> Iterator[str]:
     """What follows from a product that is not in the checkpoint, where steps depend on it."""
     rule = rule_of(config)
-    if not (rule.warmup and rule.keeps_product):
+    if not (rule.momentum_schedule and rule.running_product):
         return
     if dialect == "keras":
         yield _LOSS_SCALED.format(rule=config.rule)
@@ -204,7 +204,7 @@ def write(
     steps = config.accumulate_steps
     learning_rate = [np.asarray(config.learning_rate, np.float32)] if isinstance(config.learning_rate, float) else []
     accumulators = [np.zeros_like(x) for x in m] if steps > 1 else []
-    behind = [product] if rule_of(config).keeps_product else []
+    behind = [product] if rule_of(config).running_product else []
     return [np.asarray(count * steps, np.int32), *learning_rate, *accumulators, *pairs, *behind]
 
 

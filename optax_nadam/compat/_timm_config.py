@@ -14,7 +14,7 @@ NADAMW, LEGACY = "timm.optim.NAdamW", "timm.optim.NAdamLegacy"
 NAMES = {
     **TORCH_NAMES,
     "weight_decay_peak_learning_rate": "max_lr_snapshot",
-    "clip_update_rms": "clipping_threshold",
+    "clip_by_gradient_rms": "clipping_threshold",
     "cautious": "caution",
 }
 LEGACY_NAMES = {**TORCH_NAMES, "momentum_decay": "schedule_decay"}
@@ -28,7 +28,7 @@ _CHOICES = {
 }
 _EXECUTION = {"foreach": None, "capturable": False}
 _LEGACY_FIELDS = (*SHARED_FIELDS, "complex_as_real")
-_NADAMW_FIELDS = (*_LEGACY_FIELDS, "weight_decay_peak_learning_rate", "clip_update_rms", "cautious", "maximize")
+_NADAMW_FIELDS = (*_LEGACY_FIELDS, "weight_decay_peak_learning_rate", "clip_by_gradient_rms", "cautious", "maximize")
 
 
 def fields(
@@ -49,7 +49,7 @@ def fields(
         "rule": "simplified",
         "weight_decay": weight_decay,
         "weight_decay_peak_learning_rate": max_lr_snapshot if corrected_weight_decay else None,
-        "clip_update_rms": clipping_threshold,
+        "clip_by_gradient_rms": clipping_threshold,
         "cautious": caution,
         "maximize": maximize,
         "complex_as_real": True,
@@ -116,7 +116,7 @@ def _nadamw_group(config: NadamConfig) -> dict[str, Any]:
         "max_lr_snapshot": config.learning_rate if peak is None else peak,
         "maximize": config.maximize,
         **_EXECUTION,
-        "clipping_threshold": config.clip_update_rms,
+        "clipping_threshold": config.clip_by_gradient_rms,
     }
 
 

@@ -173,7 +173,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
         raise cannot_express(OPTIMIZER, "rule", config.rule, "It follows 'scheduled' since torch 2.0, or 'constant'.")
     return {
         **numbers_of(config),
-        "momentum_decay": config.momentum_decay if rule_of(config).warmup else _NO_WARMUP,
+        "momentum_decay": config.momentum_decay if rule_of(config).momentum_schedule else _NO_WARMUP,
         "decoupled_weight_decay": not config.coupled_weight_decay,
         "maximize": config.maximize,
         **_EXECUTION,

@@ -183,7 +183,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
     Examples:
       >>> import optax_nadam
       >>> from optax_nadam.compat import timm as timm_names
-      >>> config = optax_nadam.NadamConfig(rule="simplified", learning_rate=0.01, weight_decay=0.1, clip_update_rms=1.0)
+      >>> config = optax_nadam.NadamConfig(rule="simplified", learning_rate=0.01, weight_decay=0.1, clip_by_gradient_rms=1.0)
       >>> group = timm_names.config_to(config)
       >>> group["lr"], group["weight_decay"], group["clipping_threshold"]
       (0.01, 0.1, 1.0)

@@ -220,7 +220,7 @@ def test_diagnostics_read_gradients_and_moments_once_more_and_send_sums(target, 
         ("clip_global_norm", 28 + 4, 28 + 4),
         ("clip_norm, a leaf", 28 + 4, 28 + 4),
         ("cautious", 28 + 8, 28 + 8),
-        ("clip_update_rms", 28 + 8, 28 + 8),
+        ("clip_by_gradient_rms", 28 + 8, 28 + 8),
         ("accumulate_steps", 28 + 28, 28),
     ],
 )

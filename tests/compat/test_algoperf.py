@@ -35,7 +35,7 @@ def test_power_and_weight_decay():
     step = -0.1 * (0.5 + 0.9 * 0.5) / 0.25  # v-hat is .25, m-hat and the gradient are .5
     np.testing.assert_allclose(updates["b"], step, rtol=1e-6)
     np.testing.assert_allclose(updates["a"], step - 0.1 * 0.5 * 2.0, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"power must be finite and not negative, got -1\.0"):
+    with pytest.raises(ValueError, match=r"power must be finite and positive, got -1\.0"):
         compat.algoperf.nadamw(0.1, power=-1.0)
 
 

@@ -321,7 +321,11 @@ def test_schedules_round_trip_under_keras_names(name, dialect):
         ),
         (NadamConfig(learning_rate_decay=0.1), "legacy", r"legacy Nadam cannot express learning_rate_decay=0.1"),
         (NadamConfig(weight_decay=0.1), "legacy", r"legacy Nadam cannot express weight_decay=0.1"),
-        (NadamConfig(clip_update_rms=1.0, momentum_decay=1.0), "keras", r"Keras 3 cannot express clip_update_rms=1.0"),
+        (
+            NadamConfig(clip_by_gradient_rms=1.0, momentum_decay=1.0),
+            "keras",
+            r"Keras 3 cannot express clip_by_gradient_rms=1.0",
+        ),
         (NadamConfig(clip_norm=1.0, clip_global_norm=1.0), "legacy", r"clip_global_norm beside clip_norm=1.0"),
         (NadamConfig(eps=0.0), "legacy", r"eps=0.0. It makes 1e-7 of it"),
         (NadamConfig(learning_rate=SCHEDULES["CosineDecay"]), "legacy", r"learning_rate=ScheduleConfig.*is a number"),

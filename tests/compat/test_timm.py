@@ -110,7 +110,7 @@ def test_every_key_of_nadamw_reaches_the_config():
         b2=0.8,
         eps=0.1,
         weight_decay=0.2,
-        clip_update_rms=0.3,
+        clip_by_gradient_rms=0.3,
         cautious=True,
         maximize=True,
         weight_decay_peak_learning_rate=0.6,
@@ -171,7 +171,7 @@ UNSUPPORTED: dict[str, Any] = {
 }
 UNSUPPORTED_IN_LEGACY: dict[str, Any] = UNSUPPORTED | {
     "weight_decay_peak_learning_rate": 1.0,
-    "clip_update_rms": 1.0,
+    "clip_by_gradient_rms": 1.0,
     "cautious": True,
     "maximize": True,
 }

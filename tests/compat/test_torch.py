@@ -230,7 +230,7 @@ UNSUPPORTED: dict[str, Any] = {
     "clip_value": 1.0,
     "clip_norm": 1.0,
     "clip_global_norm": 1.0,
-    "clip_update_rms": 1.0,
+    "clip_by_gradient_rms": 1.0,
     "cautious": True,
     "accumulate_steps": 2,
     "m_dtype": "float32",

@@ -139,7 +139,7 @@ COSTS = {
     "clip_global_norm": (44 + 4, 0),
     "clip_norm, a leaf": (44 + 4, 0),
     "cautious": (44 + 8 + 8, 4),
-    "clip_update_rms": (44 + 8 + 8, 4),
+    "clip_by_gradient_rms": (44 + 8 + 8, 4),
     "accumulate_steps": (44 + 12 + 20, 0),
 }
 if jax.__version_info__ < (0, 10):  # sums were not computed from squares

@@ -113,7 +113,7 @@ def test_updates_are_right_where_the_count_ends(rng, rule):
         assert state.count == t
 
 
-@pytest.mark.parametrize("rule", [name for name, rule in _rules.RULES.items() if rule.keeps_product])
+@pytest.mark.parametrize("rule", [name for name, rule in _rules.RULES.items() if rule.running_product])
 @pytest.mark.parametrize("product", [1e-37, 1e-39, 1e-45, 0.0])
 def test_a_vanishing_product_of_momenta_no_longer_matters(rng, rule, product):
     g = jnp.asarray(rng.normal(size=100), jnp.float32)
