@@ -1,15 +1,15 @@
 """Nadam for JAX and Optax: every framework's variant, from one exact update."""
 
+from optax_nadam import compat, diagnostics
 from optax_nadam._compensated import CompensatedState, compensated, master_params, set_master_params
-from optax_nadam._config import NadamConfig, set_count
+from optax_nadam._config import NadamConfig
+from optax_nadam._load import set_count
 from optax_nadam._nadam import nadam, nadamw, scale_by_nadam
 from optax_nadam._quantized import Quantized
 from optax_nadam._rules import Rule, RuleName
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam._state import ScaleByNadamState, convert_moments, get_state
-from optax_nadam._wrappers import clip_by_global_norm
-
-from optax_nadam import compat, diagnostics  # isort: skip  # they need the names above
+from optax_nadam._wrappers import accumulate, clip_by_global_norm
 
 __version__ = "0.2.0"
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "RuleName",
     "ScaleByNadamState",
     "ScheduleConfig",
+    "accumulate",
     "clip_by_global_norm",
     "compat",
     "compensated",

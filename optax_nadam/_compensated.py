@@ -11,9 +11,9 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_nadam import _validation as validation
-from optax_nadam._leaves import dtype_of, in_device_memory, zeros_like
+from optax_nadam._leaves import dtype_of, in_device_memory, placed_like, zeros_like
 from optax_nadam._rounding import RandomBits, bits_of, number_of
-from optax_nadam._state import map_nodes, placed_like, the_node
+from optax_nadam._tree import map_nodes, the_node
 
 _FLOAT16 = (
     "{leaf} has dtype float16; compensated stores what rounding to bfloat16 drops. Cast it to bfloat16 or float32."

@@ -8,15 +8,13 @@ from dataclasses import field
 from typing import Any, TypeVar
 
 import optax
-from jax.typing import ArrayLike
 
 from optax_nadam import _validation as validation
 from optax_nadam import _wrappers as wrappers
 from optax_nadam._moments import parse_format
-from optax_nadam._nadam import scale_by
+from optax_nadam._nadam import Mask, scale_by
 from optax_nadam._rules import Hyperparameters, Rule, RuleName, mu_product_after, parse_rule
-from optax_nadam._schedules import ScheduleConfig, inverse_time_decay, parse_learning_rate
-from optax_nadam._state import put_count
+from optax_nadam._schedules import ScheduleConfig, parse_learning_rate
 
 _TINY = 2.0**-126  # the smallest normal float32
 _T = TypeVar("_T")
@@ -43,13 +41,6 @@ def _optional(parse: _Parse[_T]) -> _Parse[_T | None]:
 def _bool(name: str, value: Any) -> bool:
     validation.check_bool(name, value)
     return value
-
-
-def _positive_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
-    validation.check_positive(name, value)
-    return int(value)
 
 
 def _learning_rate(name: str, value: Any) -> float | ScheduleConfig:
@@ -83,9 +74,9 @@ class NadamConfig:
     r"""Every hyperparameter of a Nadam, as plain data: hashable, and JSON both ways.
 
     The optimizer it builds negates the gradient to ascend; clips it by value, then leaf by leaf by norm, then by
-    global norm; adds coupled weight decay; takes Nadam's step; clips it by its RMS, drops elements that point away from
-    the gradient; adds decoupled weight decay; and multiplies by the learning rate
-    :math:`\alpha_t = \alpha / (1 + \text{learning_rate_decay} \cdot (t - 1))`. Parts at their defaults are left out.
+    global norm; adds coupled weight decay; takes Nadam's step; scales it down where the gradient is large; drops
+    elements that point away from the gradient; adds decoupled weight decay; and multiplies by the learning rate. Parts
+    at their defaults are left out.
 
     Attributes:
       learning_rate: :math:`\alpha`, a finite number, or a :class:`ScheduleConfig`.
@@ -100,16 +91,17 @@ class NadamConfig:
       weight_decay_peak_learning_rate: :math:`\alpha_{peak}`, positive. With it, decoupled weight decay is
         :math:`\lambda \alpha_t / \alpha_{peak}` in place of :math:`\lambda`, so that it falls with the square of the
         learning rate after its peak; it does not limit the learning rate. None for :math:`\lambda`.
-      learning_rate_decay: inverse-time decay of the learning rate, per step, not negative; only if that is a number.
       clip_value: the largest magnitude of a gradient's element, positive; None for no limit.
       clip_norm: the largest Euclidean norm of a leaf's gradient, positive; None for no limit.
       clip_global_norm: the largest norm of all gradients together, positive; None for no limit.
-      clip_by_gradient_rms: the largest root mean square of :math:`g / (\sqrt{\hat v} + \varepsilon)` in a leaf, above which
-        its update is scaled down, positive; None for no limit.
+      clip_by_gradient_rms: the largest root mean square of :math:`g / (\sqrt{\hat v} + \varepsilon)` in a leaf, above
+        which its update is scaled down, positive; None for no limit.
       cautious: drop elements of the update that point away from the gradient.
       maximize: ascend, for an objective to maximize.
       complex_as_real: treat a complex leaf as two real ones.
       accumulate_steps: gradients that are averaged for one step, at least 1.
+      schedule_counts_gradients: a learning rate schedule, the config's or that given to :meth:`build`, is a function of
+        the gradients seen, ``accumulate_steps`` for each step, as in Keras; otherwise of the steps taken.
       m_dtype: ``"int8"``, ``"bfloat16"``, ``"float32"``, ``"float64"`` or None, see :func:`optax_nadam.scale_by_nadam`.
       v_dtype: likewise.
 
@@ -136,7 +128,6 @@ class NadamConfig:
     weight_decay: float = field(default=0.0, metadata=_by(_not_negative))
     coupled_weight_decay: bool = field(default=False, metadata=_by(_bool))
     weight_decay_peak_learning_rate: float | None = field(default=None, metadata=_by(_optional(_positive)))
-    learning_rate_decay: float = field(default=0.0, metadata=_by(_not_negative))
     clip_value: float | None = field(default=None, metadata=_by(_optional(_positive)))
     clip_norm: float | None = field(default=None, metadata=_by(_optional(_positive)))
     clip_global_norm: float | None = field(default=None, metadata=_by(_optional(_positive)))
@@ -144,7 +135,8 @@ class NadamConfig:
     cautious: bool = field(default=False, metadata=_by(_bool))
     maximize: bool = field(default=False, metadata=_by(_bool))
     complex_as_real: bool = field(default=False, metadata=_by(_bool))
-    accumulate_steps: int = field(default=1, metadata=_by(_positive_int))
+    accumulate_steps: int = field(default=1, metadata=_by(validation.parse_positive_int))
+    schedule_counts_gradients: bool = field(default=False, metadata=_by(_bool))
     m_dtype: str | None = field(default=None, metadata=_by(_optional(_format)))
     v_dtype: str | None = field(default=None, metadata=_by(_optional(_format)))
 
@@ -153,62 +145,42 @@ class NadamConfig:
         for entry in dataclasses.fields(self):
             value = entry.metadata["parse"](entry.name, getattr(self, entry.name))
             object.__setattr__(self, entry.name, value)
-        if self.learning_rate_decay and isinstance(self.learning_rate, ScheduleConfig):
-            raise ValueError(
-                f"learning_rate_decay must be 0 where learning_rate is a schedule, got {self.learning_rate_decay!r}."
-            )
 
-    def build(self, learning_rate: optax.ScalarOrSchedule | None = None) -> optax.GradientTransformationExtraArgs:
+    def build(
+        self, learning_rate: optax.ScalarOrSchedule | None = None, *, mask: Mask | None = None
+    ) -> optax.GradientTransformationExtraArgs:
         """The optimizer of these hyperparameters.
 
         Where only the fields of :func:`optax_nadam.nadam` or :func:`optax_nadam.nadamw` are set, its state is that of
         those, so that their checkpoints are interchangeable.
 
         Args:
-          learning_rate: a number, a scalar array or a schedule in place of the config's own and its
-            ``learning_rate_decay``. A :class:`ScheduleConfig` counts gradients, an Optax schedule the steps taken.
+          learning_rate: a number, a scalar array or a schedule in place of the config's own.
+          mask: a tree of booleans like the params, a prefix of it, or a function from params to one: the leaves that
+            have weight decay. None for all.
 
         Returns:
           A gradient transformation. Its ``update`` needs ``params`` where there is weight decay.
 
         Raises:
-          ValueError: a learning rate that is not finite or not a scalar.
+          ValueError: a learning rate that is not finite or not a scalar; a mask without weight decay.
           TypeError: a learning rate that is none of the above.
+
+        Examples:
+          >>> import optax, optax_nadam
+          >>> config = optax_nadam.NadamConfig(weight_decay=0.1, clip_global_norm=1.0, accumulate_steps=4)
+          >>> tx = config.build(optax.cosine_decay_schedule(1e-3, 1000), mask={"kernel": True, "bias": False})
         """
-        return self._build(learning_rate, [(self.weight_decay, None)])
+        if mask is not None and not self.weight_decay:
+            raise ValueError("mask chooses the leaves that have weight decay, but weight_decay is 0.")
+        return build_with_masks(self, [(self.weight_decay, mask)], learning_rate)
 
-    def _build(self, learning_rate: Any, decays: Sequence[tuple[float, Any]]) -> optax.GradientTransformationExtraArgs:
-        """The optimizer with these weight decays, each with the mask of the leaves that have it."""
-        alpha = self._schedule_or_number(self.learning_rate if learning_rate is None else learning_rate)
-        if learning_rate is None and self.learning_rate_decay:
-            alpha = inverse_time_decay(alpha, 1.0, self.learning_rate_decay)
-        decay = [optax.add_decayed_weights(self._decay(x, alpha), mask) for x, mask in decays if x]
-        chain = [
-            optax.scale(-1.0) if self.maximize else None,
-            optax.clip(self.clip_value) if self.clip_value is not None else None,
-            wrappers.clip_by_norm(self.clip_norm) if self.clip_norm is not None else None,
-            wrappers.clip_by_global_norm(self.clip_global_norm) if self.clip_global_norm is not None else None,
-            *(decay if self.coupled_weight_decay else ()),
-            self._step(),
-            *(() if self.coupled_weight_decay else decay),
-            optax.scale_by_learning_rate(alpha),
-        ]
-        tx = wrappers.chain(
-            "the optimizer of a NadamConfig",
-            *[transformation for transformation in chain if transformation is not None],
-        )
-        if self.complex_as_real:
-            tx = optax.with_extra_args_support(optax.contrib.split_real_and_imaginary(tx))
-        if self.accumulate_steps > 1:
-            tx = wrappers.accumulate(tx, self.accumulate_steps)
-        return tx
-
-    def _schedule_or_number(self, learning_rate: Any) -> Any:
-        parsed, k = parse_learning_rate(learning_rate), self.accumulate_steps
-        if k == 1 or not isinstance(learning_rate, ScheduleConfig):
-            return parsed
-        # A ScheduleConfig counts gradients: step n comes with gradient number n k + (k - 1).
-        return lambda count: parsed(count * k + (k - 1))
+    def _schedule_or_number(self, learning_rate: Any) -> optax.ScalarOrSchedule:
+        """The learning rate, a schedule as a function of the steps taken."""
+        alpha, k = parse_learning_rate(learning_rate), self.accumulate_steps
+        if not callable(alpha) or not self.schedule_counts_gradients:
+            return alpha
+        return lambda count: alpha(count * k + (k - 1))  # step n comes with gradient number n k + (k - 1)
 
     def _decay(self, weight_decay: float, learning_rate: Any) -> Any:
         """The weight decay as a factor of the params in the gradient or in the update."""
@@ -248,43 +220,30 @@ class NadamConfig:
         return cls(**{**fields, **nested})
 
 
-def build_with_masks(config: NadamConfig, decays: Sequence[tuple[float, Any]]) -> optax.GradientTransformationExtraArgs:
+def build_with_masks(
+    config: NadamConfig,
+    decays: Sequence[tuple[float, Mask | None]],
+    learning_rate: optax.ScalarOrSchedule | None = None,
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a config with several weight decays in place of its own, each with a mask as in ``nadamw``."""
-    return config._build(None, decays)
+    alpha = config._schedule_or_number(config.learning_rate if learning_rate is None else learning_rate)
+    decay = [optax.add_decayed_weights(config._decay(x, alpha), mask) for x, mask in decays if x]
+    parts = [
+        optax.scale(-1.0) if config.maximize else None,
+        optax.clip(config.clip_value) if config.clip_value is not None else None,
+        wrappers.clip_by_norm(config.clip_norm) if config.clip_norm is not None else None,
+        wrappers.clip_by_global_norm(config.clip_global_norm) if config.clip_global_norm is not None else None,
+        *(decay if config.coupled_weight_decay else ()),
+        config._step(),
+        *(() if config.coupled_weight_decay else decay),
+        optax.scale_by_learning_rate(alpha),
+    ]
+    tx = optax.chain(*[part for part in parts if part is not None])
+    if config.complex_as_real:
+        tx = optax.with_extra_args_support(optax.contrib.split_real_and_imaginary(tx))
+    return tx if config.accumulate_steps == 1 else wrappers.accumulate(tx, config.accumulate_steps)
 
 
 def product_after(count: int, config: NadamConfig) -> float:
     """The product of the momenta after a number of steps."""
     return mu_product_after(count, config.b1, config.momentum_decay, parse_rule("rule", config.rule))
-
-
-def set_count(opt_state: Any, count: ArrayLike, config: NadamConfig) -> Any:
-    r"""The optimizer state as after a number of steps: all counters are set together, the moments stay.
-
-    The step of Nadam depends on the number of steps in two ways: ``count`` and the product of the momenta
-    :math:`P_t`. A count without its product gives a wrong step.
-
-    Args:
-      opt_state: a state with one :class:`ScaleByNadamState` in it, at any depth; it is not changed.
-      count: steps taken, a whole number that is not negative.
-      config: the hyperparameters of the run, ``b1``, ``momentum_decay`` and ``rule`` determine the product.
-
-    Returns:
-      A new state. ``count`` and ``mu_product`` of Nadam are set, and the counters of learning rate and weight decay
-      schedules and of ``optax.inject_hyperparams``.
-
-    Raises:
-      ValueError: there is no Nadam state, or more than one; a negative count.
-      TypeError: a count that is not a whole number.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax_nadam
-      >>> config = optax_nadam.NadamConfig()
-      >>> state = optax_nadam.set_count(config.build().init(jnp.ones(2)), 10, config)
-      >>> nadam = optax_nadam.get_state(state)
-      >>> int(nadam.count), f"{nadam.mu_product:.6f}"
-      (10, '0.000344')
-    """
-    steps = validation.parse_count("count", count)
-    return put_count(opt_state, count=steps, mu_product=product_after(steps, config))

@@ -67,3 +67,10 @@ def in_memory_of(like: Any, x: jax.Array) -> jax.Array:
 def _in_memory(kind: str, x: jax.Array) -> jax.Array:
     """The array in a kind of memory of its own devices; one that is there already stays as free to move as it was."""
     return x if x.sharding.memory_kind == kind else jax.device_put(x, x.sharding.with_memory_kind(kind))
+
+
+def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """The array with the sharding and the memory kind of ``like``, where that is committed to its devices."""
+    if isinstance(like, jax.core.Tracer) or not getattr(like, "committed", False):
+        return x
+    return jax.device_put(x, like.sharding)

@@ -27,9 +27,11 @@ from optax_nadam._rules import (
     scalar_dtype,
     scalars_of_step,
 )
-from optax_nadam._schedules import parse_learning_rate
-from optax_nadam._state import ScaleByNadamState, in_form_of
-from optax_nadam._wrappers import chain
+from optax_nadam._schedules import parse_learning_rate, parse_weight_decay
+from optax_nadam._state import ScaleByNadamState
+from optax_nadam._tree import in_form_of
+
+Mask = Any | Callable[[optax.Params], Any]  # a tree of booleans like the params, a prefix of it, or what makes one
 
 
 def scale_by_nadam(
@@ -190,12 +192,9 @@ def _update_leaf(
 def direction(g: jax.Array, m: jax.Array, v: jax.Array, c: Coefficients, power: float) -> jax.Array:
     """The update of a leaf, from its gradient and its moments of the same step."""
     numerator = c.cg.astype(g.dtype) * g + c.cm.astype(g.dtype) * m
-    denominator = _power(c.cv * v + c.eps_root, power) + c.eps
+    v_hat = c.cv * v + c.eps_root
+    denominator = (jnp.sqrt(v_hat) if power == 0.5 else v_hat**power) + c.eps
     return numerator / denominator.astype(g.dtype)
-
-
-def _power(x: jax.Array, power: float) -> jax.Array:
-    return jnp.sqrt(x) if power == 0.5 else x**power
 
 
 def _unzip(treedef: Any, triples: list[tuple[jax.Array, Moment, Moment]]) -> tuple[Any, Any, Any]:
@@ -216,13 +215,14 @@ def nadam(
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Nadam, by default that of ``tf.keras.optimizers.Nadam`` in TensorFlow 1.x.
+    r"""Nadam with scheduled momentum, as in tf.keras and PyTorch; not ``optax.nadam``, which is ``rule="constant"``.
 
     .. math::
 
       \theta_t = \theta_{t-1} - \alpha_t u_t
 
-    with :math:`u_t` from :func:`scale_by_nadam`.
+    with :math:`u_t` from :func:`scale_by_nadam`. The defaults are those of ``tf.keras.optimizers.Nadam`` in TensorFlow
+    1.x. The optimizer of ``optax.nadam``, with its defaults, is :func:`optax_nadam.compat.optax.nadam`.
 
     Args:
       learning_rate: :math:`\alpha`, a number, a scalar array, a :class:`ScheduleConfig`, or a schedule that maps the
@@ -257,8 +257,7 @@ def nadam(
       True
     """
     alpha = parse_learning_rate(learning_rate)
-    return chain(
-        "nadam",
+    return optax.chain(
         scale_by_nadam(
             b1, b2, eps, eps_root, momentum_decay=momentum_decay, rule=rule, m_dtype=m_dtype, v_dtype=v_dtype
         ),
@@ -277,16 +276,17 @@ def nadamw(
     rule: RuleName | Rule = "scheduled",
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
-    weight_decay: ArrayLike = 1e-4,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Nadam with decoupled weight decay, as AdamW is to Adam.
+    r"""Nadam with scheduled momentum and decoupled weight decay; not ``optax.nadamw``, which is ``rule="constant"``.
 
     .. math::
 
       \theta_t = \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})
 
-    with :math:`u_t` from :func:`scale_by_nadam`.
+    with :math:`u_t` from :func:`scale_by_nadam`. The optimizer of ``optax.nadamw``, with its defaults, is
+    :func:`optax_nadam.compat.optax.nadamw`.
 
     Args:
       learning_rate: :math:`\alpha`, as in :func:`nadam`.
@@ -298,7 +298,8 @@ def nadamw(
       rule: the variant.
       m_dtype: the format the first moment is stored in.
       v_dtype: the format the second moment is stored in.
-      weight_decay: :math:`\lambda \ge 0`, in units of the update; it is multiplied by the learning rate.
+      weight_decay: :math:`\lambda \ge 0`, multiplied by the learning rate; a number, a scalar array, or a schedule of
+        the steps taken.
       mask: a tree of booleans like the params, a prefix of it, or a function from params to one: the leaves
         that decay. None for all.
 
@@ -323,12 +324,11 @@ def nadamw(
       Loshchilov and Hutter, `Decoupled Weight Decay Regularization <https://arxiv.org/abs/1711.05101>`_, 2019.
     """
     alpha = parse_learning_rate(learning_rate)
-    validation.check_not_negative("weight_decay", weight_decay)
-    return chain(
-        "nadamw",
+    decay = parse_weight_decay(weight_decay)
+    return optax.chain(
         scale_by_nadam(
             b1, b2, eps, eps_root, momentum_decay=momentum_decay, rule=rule, m_dtype=m_dtype, v_dtype=v_dtype
         ),
-        optax.add_decayed_weights(weight_decay, mask),
+        optax.add_decayed_weights(decay, mask),
         optax.scale_by_learning_rate(alpha),
     )

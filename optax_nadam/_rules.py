@@ -219,7 +219,7 @@ def _scalars_of_step(
 def product_at(rule: Rule, t: jax.Array, previous: jax.Array, h: Hyperparameters) -> Factor:
     r"""The product of the momenta, :math:`P_t`, from :math:`P_{t-1}`."""
     if not rule.momentum_schedule:
-        return _power(h.b1, t)
+        return _decayed(h.b1, t)
     mu = momentum_at(t, h, rule)
     return mu * Factor.of(previous) if rule.running_product else mu
 
@@ -228,7 +228,7 @@ def coefficients_at(rule: Rule, t: jax.Array, product: Factor, h: Hyperparameter
     r"""The coefficients of step :math:`t`, from the product of the momenta up to and including it."""
     mu, next_mu = momentum_at(t, h, rule), momentum_at(t + 1, h, rule)
     next_product = next_mu * product
-    v_decay = _power(h.b2, t)
+    v_decay = _decayed(h.b2, t)
 
     g_debias, m_debias = {
         "next": (product.complement, next_product.complement),
@@ -271,7 +271,7 @@ def mu_product_after(count: int, b1: float, momentum_decay: float, rule: Rule) -
     return float(np.prod(momentum_at(steps, h, rule).value))
 
 
-def _power(base: ArrayLike, exponent: jax.Array) -> Factor:
+def _decayed(base: ArrayLike, exponent: jax.Array) -> Factor:
     r""":math:`b^t` and :math:`1 - b^t` for :math:`0 \le b < 1` and :math:`t \ge 1`."""
     x = exponent * _log(base)
     return Factor(jnp.exp(x), -_expm1(x))

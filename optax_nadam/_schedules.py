@@ -18,8 +18,8 @@ from jax.typing import ArrayLike
 
 from optax_nadam import _validation as validation
 
-_NOT_A_LEARNING_RATE = (
-    "learning_rate must be a number, a scalar array, an optax.Schedule or an optax_nadam.ScheduleConfig, got {value!r}."
+_NOT_A_NUMBER_OR_SCHEDULE = (
+    "{name} must be a number, a scalar array, an optax.Schedule or an optax_nadam.ScheduleConfig, got {value!r}."
 )
 
 
@@ -86,22 +86,31 @@ class ScheduleConfig:
 
 def parse_learning_rate(value: Any) -> optax.ScalarOrSchedule:
     """A finite number, a scalar array, or a schedule that returns scalars. A negative one ascends, as in Optax."""
+    return _parse("learning_rate", value, validation.check_finite)
+
+
+def parse_weight_decay(value: Any) -> optax.ScalarOrSchedule:
+    """A number that is not negative, a scalar array, or a schedule that returns scalars."""
+    return _parse("weight_decay", value, validation.check_not_negative)
+
+
+def _parse(name: str, value: Any, check: Callable[[str, Any], None]) -> optax.ScalarOrSchedule:
     if isinstance(value, ScheduleConfig):
         return value.build()
     if callable(value):
-        return _scalar_valued(value)
+        return _scalar_valued(name, value)
     if not (validation.is_number(value) or isinstance(value, jax.Array | np.ndarray)):
-        raise TypeError(_NOT_A_LEARNING_RATE.format(value=value))
-    validation.check_finite("learning_rate", value)
+        raise TypeError(_NOT_A_NUMBER_OR_SCHEDULE.format(name=name, value=value))
+    check(name, value)
     return value
 
 
-def _scalar_valued(schedule: optax.Schedule) -> optax.Schedule:
+def _scalar_valued(name: str, schedule: optax.Schedule) -> optax.Schedule:
     """The schedule, with a check that its values are scalars: an array would broadcast scalar params."""
 
     def scalar_valued(count: ArrayLike) -> ArrayLike:
         value = schedule(count)
-        validation.check_scalar("what the learning rate schedule returns", value)
+        validation.check_scalar(f"what the {name.replace('_', ' ')} schedule returns", value)
         return value
 
     return scalar_valued

@@ -7,6 +7,8 @@ changes, and at no cost in the compiled step. Traced values cannot be checked.
 import math
 import numbers
 import operator
+import sys
+import warnings
 from collections.abc import Collection, Iterator
 from typing import Any, TypeGuard
 
@@ -51,6 +53,14 @@ _STATE = (
     "{name} got the state of another optimizer: {got} in place of {expected}. Pass the state that this optimizer's own"
     " init made."
 )
+
+
+def warn(text: str) -> None:
+    """Warns at the line of the user's code that called the library, through however many functions of the library."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("optax_nadam."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -114,6 +124,14 @@ def parse_count(name: str, value: Any) -> int:
     return count
 
 
+def parse_positive_int(name: str, value: Any) -> int:
+    """A whole number of at least 1, as a Python integer."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    check_positive(name, value)
+    return int(value)
+
+
 def check_static(name: str, value: Any) -> None:
     """Rejects an array where only a Python number can be used."""
     if not is_number(value):
@@ -153,7 +171,7 @@ def check_leaves(name: str, tree: Any) -> None:
 def check_state(name: str, state: Any, expected: type) -> None:
     """Rejects the state of another optimizer."""
     if not isinstance(state, expected):
-        raise wrong_state(name, type(state).__name__, expected.__name__)
+        raise ValueError(_STATE.format(name=name, got=type(state).__name__, expected=expected.__name__))
 
 
 def check_arrays(name: str, state: Any) -> None:
@@ -161,11 +179,6 @@ def check_arrays(name: str, state: Any) -> None:
     for index, leaf in enumerate(jax.tree.leaves(state)):
         if not hasattr(leaf, "dtype"):
             raise TypeError(_NOT_A_STATE_ARRAY.format(name=name, leaf=place("state", state, index), value=leaf))
-
-
-def wrong_state(name: str, got: str, expected: str) -> ValueError:
-    """The error for the state of another optimizer."""
-    return ValueError(_STATE.format(name=name, got=got, expected=expected))
 
 
 def check_like_moments(name: str, tree: Any, moments: Any) -> None:

@@ -10,19 +10,7 @@ from jax.typing import ArrayLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import abs_squared, complex_like, compute_dtype, zeros_like
-
-
-def chain(name: str, *transformations: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """``optax.chain`` that rejects the state of another chain by name."""
-    chained, length = optax.chain(*transformations), len(transformations)
-
-    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        if not isinstance(state, tuple) or len(state) != length:
-            got = [type(part).__name__ for part in state] if isinstance(state, tuple) else type(state).__name__
-            raise validation.wrong_state(name, str(got), f"{length} states")
-        return chained.update(updates, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(chained.init, update)
+from optax_nadam._tree import is_pair
 
 
 def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
@@ -83,37 +71,65 @@ def _widened(x: jax.Array) -> jax.Array:
     return x.astype(complex_like(compute_dtype(x), x))
 
 
-def accumulate(inner: optax.GradientTransformationExtraArgs, steps: int) -> optax.GradientTransformationExtraArgs:
-    """Takes one step of an inner optimizer with the mean gradient of ``steps`` calls, as ``optax.MultiSteps``.
+def accumulate(tx: optax.GradientTransformation, steps: int) -> optax.GradientTransformationExtraArgs:
+    r"""Takes one step of an optimizer with the mean gradient of several calls, as ``optax.MultiSteps``.
 
-    Each leaf is averaged in its own dtype, or in float32 where that is narrower; Optax has one dtype for all leaves.
-    The updates of the calls before the last are zero, and these calls do not touch the state of the inner optimizer.
+    .. math:: \bar g \leftarrow \bar g + (g_i - \bar g) / i, \quad i = 1, \dots, \text{steps}
+
+    In call number ``steps`` the optimizer gets the mean; in the calls before it the updates are zero and the state of
+    the optimizer does not change. Each leaf is averaged in its own dtype, or in float32 where that is narrower, and the
+    mean is sharded like the parameter also where ``init`` runs under ``jax.jit``; Optax has one dtype for all leaves,
+    and a whole copy of the mean on each device there.
 
     Args:
-      inner: makes the step; it gets no extra arguments.
-      steps: how many gradients are averaged.
+      tx: any Optax optimizer.
+      steps: how many gradients make a step, at least 1.
 
     Returns:
-      A transformation whose state is an ``optax.MultiStepsState``.
-    """
+      A gradient transformation whose state is an ``optax.MultiStepsState``. ``params`` and extra arguments of the last
+      call go to ``tx``.
 
-    def init(params: Any) -> optax.MultiStepsState:
+    Raises:
+      ValueError: ``steps`` is less than 1; gradients that do not fit the state, while ``update`` is traced.
+      TypeError: ``steps`` is not a whole number; a gradient that is not an array of numbers.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax, optax_nadam
+      >>> tx = optax_nadam.accumulate(optax_nadam.nadamw(0.1), 2)
+      >>> params, updates = jnp.array(1.0), []
+      >>> state = tx.init(params)
+      >>> for gradient in (1.0, 3.0):
+      ...     u, state = tx.update(jnp.array(gradient), state, params)
+      ...     updates.append(f"{float(u):.3f}")
+      >>> updates
+      ['0.000', '-0.106']
+
+    Source: ``optax/transforms/_accumulation.py`` of Optax 0.2.8.
+    """
+    steps = validation.parse_positive_int("steps", steps)
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: optax.Params) -> optax.MultiStepsState:
         return optax.MultiStepsState(
             mini_step=jnp.zeros((), jnp.int32),
             gradient_step=jnp.zeros((), jnp.int32),
             inner_opt_state=inner.init(params),
             acc_grads=jax.tree.map(lambda p: zeros_like(p, complex_like(compute_dtype(p), p)), params),
+            skip_state=(),
         )
 
-    @jax.jit  # outside of jit, lax.switch would be compiled in every call
-    def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    # Outside of jit, lax.switch would be compiled in every call. Functions, such as value_fn, cannot be traced.
+    @functools.partial(jax.jit, static_argnums=4)
+    def accumulated(updates: Any, state: Any, params: Any, arrays: dict[str, Any], functions: Any) -> tuple[Any, Any]:
         validation.check_like_moments("gradients", updates, state.acc_grads)
+        is_last = state.mini_step == steps - 1
 
         def average(mean: jax.Array, g: jax.Array) -> jax.Array:
             return mean + (g.astype(mean.dtype) - mean) / (state.mini_step + 1).astype(mean.dtype)
 
         def step(mean: Any, inner_state: Any) -> tuple[Any, Any]:
-            return inner.update(_like(updates, mean), inner_state, params)
+            return inner.update(_like(updates, mean), inner_state, params, **arrays, **dict(functions))
 
         def last(mean: Any, inner_state: Any) -> tuple[Any, Any]:
             u, stepped = step(mean, inner_state)
@@ -121,7 +137,7 @@ def accumulate(inner: optax.GradientTransformationExtraArgs, steps: int) -> opta
 
         # One buffer holds the mean or, in the last call, the update; so no compiler copies anything. Behind a boolean,
         # lax.cond, XLA:GPU would.
-        mean, is_last = jax.tree.map(average, state.acc_grads, updates), state.mini_step == steps - 1
+        mean = jax.tree.map(average, state.acc_grads, updates)
         u_like, _ = jax.eval_shape(step, mean, state.inner_opt_state)
         branch, keep = is_last.astype(jnp.int32), lambda *same: same
         mean_or_u, inner_state = jax.lax.switch(branch, [keep, last], mean, state.inner_opt_state)
@@ -135,19 +151,20 @@ def accumulate(inner: optax.GradientTransformationExtraArgs, steps: int) -> opta
             skip_state=state.skip_state,
         )
 
-    return optax.GradientTransformationExtraArgs(
-        init, lambda updates, state, params=None, **extra_args: update(updates, state, params)
-    )
+    def update(
+        updates: optax.Updates, state: optax.MultiStepsState, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, optax.MultiStepsState]:
+        validation.check_state("accumulate", state, optax.MultiStepsState)
+        arrays = {name: x for name, x in extra_args.items() if not callable(x)}
+        functions = {name: x for name, x in extra_args.items() if callable(x)}
+        return accumulated(updates, state, params, arrays, tuple(functions.items()))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _like(tree: Any, values: Any) -> Any:
     """Values in the dtypes of a tree."""
     return jax.tree.map(lambda x, value: value.astype(x.dtype), tree, values)
-
-
-def is_pair(node: Any) -> bool:
-    """Whether a node stands for a complex leaf that ``optax.contrib.split_real_and_imaginary`` has split."""
-    return getattr(node, "_fields", None) == ("real", "imaginary")
 
 
 def _mean(leaf: Any) -> jax.Array:

@@ -11,7 +11,8 @@ from optax_nadam._config import NadamConfig
 from optax_nadam._leaves import complex_like
 from optax_nadam._nadam import direction
 from optax_nadam._rules import Factor, Hyperparameters, coefficients_at, momentum_at, parse_rule, scalar_dtype
-from optax_nadam._state import INJECTED, ScaleByNadamState, convert_moments, get_state, nodes_of
+from optax_nadam._state import INJECTED, ScaleByNadamState, convert_moments, get_state
+from optax_nadam._tree import is_masked, nodes_of
 
 __all__ = ["scalars"]
 
@@ -111,13 +112,9 @@ def _wide(x: Any) -> jax.Array:
 
 def _fitting(gradients: optax.Updates, m: optax.Updates) -> optax.Updates:
     """The gradients of the leaves that have moments."""
-    unmasked = jax.tree.map(lambda m, g: m if _is_masked(m) else g, m, gradients, is_leaf=_is_masked)
+    unmasked = jax.tree.map(lambda m, g: m if is_masked(m) else g, m, gradients, is_leaf=is_masked)
     validation.check_like_moments("gradients", unmasked, m)
     return jax.tree.map(_wide, unmasked)
-
-
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
 
 
 def _dot(x: optax.Updates, y: optax.Updates) -> jax.Array:

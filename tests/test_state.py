@@ -18,7 +18,7 @@ from optax_nadam import (
     set_count,
 )
 from optax_nadam._quantized import is_quantized
-from optax_nadam._state import map_nodes, nodes_of
+from optax_nadam._tree import map_nodes, nodes_of
 
 FORMATS = [None, "bfloat16", "int8"]
 

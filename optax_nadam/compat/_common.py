@@ -1,7 +1,7 @@
 """What the frameworks share: names translated, configs built, and the one way of a checkpoint.
 
-A checkpoint is read into a :class:`Checkpoint` by the framework's own module, matched with the params by the user's
-``to_params``, and put into the optimizer state, all by :func:`load`. Nothing here computes.
+A checkpoint is read into a :class:`Checkpoint` by the framework's own module, its moments become trees like the params
+by the user's ``to_params``, and :func:`load` puts them into the optimizer state. Nothing here computes.
 """
 
 import contextlib
@@ -15,14 +15,16 @@ import numpy as np
 import optax
 
 from optax_nadam._config import NadamConfig, product_after
+from optax_nadam._load import put_counters, put_state
 from optax_nadam._rules import Rule, parse_rule
 from optax_nadam._schedules import ScheduleConfig
-from optax_nadam._state import ScaleByNadamState, convert_moments, get_state, put_state
+from optax_nadam._state import ScaleByNadamState, convert_moments, get_state
 
 _NO_CONFIG = (
     "config is needed: {source} stores no product of the momenta and no hyperparameters from which it could be"
     " computed. Pass config=, the NadamConfig of the optimizer that continues."
 )
+_LEAVE_OUT = "Do it around the optimizer, and pass dataclasses.replace(config, {name}={default!r})."
 
 
 class Checkpoint(NamedTuple):
@@ -44,30 +46,30 @@ class Checkpoint(NamedTuple):
     v: Any
     config: NadamConfig | None = None
 
+    def mapped(self, to_params: Callable[[Any], Any]) -> "Checkpoint":
+        """The checkpoint with moments in trees like the params."""
+        return self._replace(m=to_params(self.m), v=to_params(self.v))
 
-def load(opt_state: Any, found: Checkpoint, to_params: Callable[[Any], Any], config: NadamConfig | None) -> Any:
-    """The optimizer state that continues from a checkpoint.
 
-    Args:
-      opt_state: a state of the optimizer that is to continue, as its ``init`` makes it.
-      found: the checkpoint.
-      to_params: turns moments, which are like the other framework's weights, into a tree like the params.
-      config: the hyperparameters of the optimizer that continues; None for the checkpoint's own.
-
-    Returns:
-      A new state.
+def load(opt_state: Any, found: Checkpoint, config: NadamConfig | None) -> Any:
+    """The optimizer state that continues from a checkpoint whose moments are trees like the params.
 
     Raises:
       ValueError: the product of the momenta is not stored and there are no hyperparameters; the moments do not fit.
       TypeError: a moment is not an array of numbers.
     """
+    return put_counters(load_nadam(opt_state, found, config), found.count)
+
+
+def load_nadam(opt_state: Any, found: Checkpoint, config: NadamConfig | None) -> Any:
+    """As :func:`load`, but with the counters of schedules as they are."""
     product = found.product
     if product is None:
         config = config or found.config
         if config is None:
             raise ValueError(_NO_CONFIG.format(source=found.source))
         product = product_after(found.count, config)
-    return put_state(opt_state, count=found.count, mu_product=product, m=to_params(found.m), v=to_params(found.v))
+    return put_state(opt_state, count=found.count, mu_product=product, m=found.m, v=found.v)
 
 
 def get_numbers(opt_state: Any) -> ScaleByNadamState:
@@ -128,18 +130,19 @@ def cannot_express(side: str, name: str, value: Any, advice: str) -> ValueError:
     return ValueError(f"{side} cannot express {name}={value!r}. {advice}")
 
 
-def check_expressible(config: NadamConfig, side: str, expressible: Collection[str], advice: str) -> None:
+def check_expressible(config: NadamConfig, side: str, expressible: Collection[str]) -> None:
     """Rejects a config with a field that another framework lacks and that is not at its default.
 
     Args:
       config: the config.
       side: the framework.
       expressible: names of the fields that it has.
-      advice: what to do about another one.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in expressible and value != field.default:
+        # Without accumulation, which has a field of its own, it does not matter what a schedule counts.
+        if field.name not in (*expressible, "schedule_counts_gradients") and value != field.default:
+            advice = _LEAVE_OUT.format(name=field.name, default=field.default)
             raise cannot_express(side, field.name, value, advice)
 
 

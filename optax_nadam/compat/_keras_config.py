@@ -57,7 +57,6 @@ _ALSO_EXPRESSIBLE = {"keras": {"weight_decay", "accumulate_steps"}, "tf_keras": 
 _OURS = "optax_nadam"
 _NO_EMA = "Average the params with optax.incremental_update, and leave it out."
 _NO_SCALE = "Scale the loss and divide the gradients by the same factor, or leave out both."
-_LEAVE_OUT = "Do it around the optimizer, and leave it out of the config."
 _ONE_CLIP = "Only one of them can be set; leave the others out of the config."
 _TWO_MEANINGS = (
     "clipnorm means two things in a Nadam config without a name: Keras up to 2.3 clips by the norm of all gradients"
@@ -94,6 +93,7 @@ def fields(
         "momentum_decay": 1.0,
         "weight_decay": 0.0 if weight_decay is None else weight_decay,
         "accumulate_steps": steps or 1,
+        "schedule_counts_gradients": steps is not None,
         **_one_clip(dialect, {"clip_norm": clipnorm, "clip_global_norm": global_clipnorm, "clip_value": clipvalue}),
     }
 
@@ -245,7 +245,9 @@ def check_config(config: NadamConfig, dialect: str) -> None:
     check_dialect(dialect)
     side = SIDES[dialect]
     without_effect = set() if config.weight_decay else {"coupled_weight_decay"}
-    check_expressible(config, side, _EXPRESSIBLE | _ALSO_EXPRESSIBLE[dialect] | without_effect, _LEAVE_OUT)
+    check_expressible(config, side, _EXPRESSIBLE | _ALSO_EXPRESSIBLE[dialect] | without_effect)
+    if config.accumulate_steps > 1 and isinstance(config.learning_rate, ScheduleConfig):
+        _check_counts_gradients(config, side)
     _check_rule(config, dialect)
     _check_clips(config, dialect)
     if dialect == "legacy":
@@ -264,8 +266,18 @@ def _check_rule(config: NadamConfig, dialect: str) -> None:
         advice = f"It follows {' or '.join(map(repr, rules))}."
         raise cannot_express(SIDES[dialect], "rule", config.rule, advice)
     if dialect != "legacy" and config.momentum_decay != 1:
-        advice = "It has 1.0 and no argument for it; the legacy Nadam has schedule_decay."
+        advice = (
+            "It has 1.0 and no argument for it: pass dataclasses.replace(config, momentum_decay=1.0), or"
+            " dialect='legacy', which has schedule_decay."
+        )
         raise cannot_express(SIDES[dialect], "momentum_decay", config.momentum_decay, advice)
+
+
+def _check_counts_gradients(config: NadamConfig, side: str) -> None:
+    """Rejects a schedule of the steps taken, where several gradients make a step."""
+    if not config.schedule_counts_gradients:
+        advice = "Its schedules count gradients: stretch the schedule, and pass schedule_counts_gradients=True."
+        raise cannot_express(side, "schedule_counts_gradients", False, advice)
 
 
 def _check_clips(config: NadamConfig, dialect: str) -> None:

@@ -182,8 +182,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
 
 def check_fields(config: NadamConfig, optimizer: str, expressible: Collection[str]) -> None:
     """Rejects a config with something that an optimizer of torch's making lacks."""
-    advice = "Do it around the optimizer, and leave it out of the config with dataclasses.replace."
-    check_expressible(config, optimizer, expressible, advice)
+    check_expressible(config, optimizer, expressible)
     if isinstance(config.learning_rate, ScheduleConfig):
         advice = "Use a scheduler of torch.optim.lr_scheduler, and a number here."
         raise cannot_express(optimizer, "learning_rate", config.learning_rate, advice)

@@ -10,6 +10,7 @@ from jax import numpy as jnp
 
 from optax_nadam import _validation as validation
 from optax_nadam._quantized import is_quantized
+from optax_nadam._tree import is_masked, is_pair
 
 Label = str | int
 
@@ -118,16 +119,6 @@ def the_tag(place: str, leaf: Any, known: Collection[int]) -> int:
     if len(tags) != 1:
         raise ValueError(_MIXED.format(leaf=place))
     return tags.pop()
-
-
-def is_masked(node: Any) -> bool:
-    """Whether a node stands for a leaf that another optimizer has."""
-    return isinstance(node, optax.MaskedNode)
-
-
-def is_pair(node: Any) -> bool:
-    """Whether a node stands for a complex leaf."""
-    return getattr(node, "_fields", None) == ("real", "imaginary")
 
 
 def select(name: str, tree: Any, like: Any) -> Any:

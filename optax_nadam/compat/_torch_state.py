@@ -11,21 +11,15 @@ from jax import numpy as jnp
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._state import (
-    ScaleByNadamState,
-    convert_moments,
-    get_state,
-    map_parts,
-    nodes_of,
-    put_counters,
-)
-from optax_nadam.compat._common import Checkpoint, get_numbers, load
+from optax_nadam._load import put_counters
+from optax_nadam._state import ScaleByNadamState, convert_moments, get_state
+from optax_nadam._tree import is_masked, map_parts, nodes_of
+from optax_nadam.compat._common import Checkpoint, get_numbers, load_nadam
 from optax_nadam.compat._torch_leaves import (
     Label,
     Placeholder,
     as_pairs,
     call,
-    is_masked,
     listed,
     merged,
     select,
@@ -83,16 +77,16 @@ def load_state(
         stepped = next(label for label, parameter in parameters.items() if parameter)
         own = config_from(source.groups[source.group_of[stepped]]) if product is None and config is None else None
         found = Checkpoint(source.layout.optimizer, step, product, tree("m"), tree("v"), own)
-        return load(part, found, lambda moments: as_pairs(select("m", moments, like.m)), config)
+        return load_nadam(part, found.mapped(lambda moments: as_pairs(select("m", moments, like.m))), config)
 
     largest = max((p.step for p in source.parameters.values() if p is not None), default=0)
-    return map_parts(load_part, put_counters(opt_state, largest))
+    return put_counters(map_parts(load_part, opt_state, ScaleByNadamState), largest)
 
 
 def _fresh(part: Any, layout: Layout) -> Any:
     """The part of an optimizer state as it is before the first step."""
     m, v = jax.tree.map(jnp.zeros_like, (get_numbers(part).m, get_numbers(part).v))
-    return load(part, Checkpoint(layout.optimizer, 0, 1.0, m, v), lambda moments: moments, None)
+    return load_nadam(part, Checkpoint(layout.optimizer, 0, 1.0, m, v), None)
 
 
 def _owned(

@@ -1,21 +1,30 @@
-"""``nadamw`` of the AlgoPerf baselines in JAX, under its own names.
+"""``nadamw`` of the AlgoPerf baselines in JAX, under its own names. Its state is that of Optax's Adam.
 
 Its step is that of the rule ``simplified``, or of ``undebiased`` where ``debias`` is False.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
 from jax.typing import ArrayLike
 
-import optax_nadam
+from optax_nadam import _nadam as ours
+from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam.compat import _algoperf_config as configs
-from optax_nadam.compat import _optax_state as states
-from optax_nadam.compat._common import load
+from optax_nadam._rules import RULES, Rule, RuleName
+from optax_nadam.compat._common import cannot_express, check_expressible, check_keys, config_of, rule_of
+from optax_nadam.compat.optax import load_state, to_adam_state
 
 __all__ = ["config_from", "config_to", "dump_state", "load_state", "nadamw"]
+
+_SIDE = "AlgoPerf's nadamw"
+_SHARED = ("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay")
+_DEFAULTS = {"eps": 1e-8, "weight_decay": 0.0, "debias": True, "power": 0.5}
+_OTHER_RULE = (
+    "It follows 'simplified', or 'undebiased' with debias=False: pass dataclasses.replace(config, rule='simplified')."
+)
 
 
 def nadamw(
@@ -25,8 +34,8 @@ def nadamw(
     eps: ArrayLike = 1e-8,
     eps_root: ArrayLike = 0.0,
     debias: bool = True,
-    weight_decay: ArrayLike = 0.0,
-    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: ours.Mask | None = None,
     power: float = 0.5,
 ) -> optax.GradientTransformationExtraArgs:
     r"""``nadamw`` of the AlgoPerf baselines in JAX, with its arguments and defaults.
@@ -38,9 +47,9 @@ def nadamw(
       eps: added to the root, not negative.
       eps_root: added under the root, not negative.
       debias: whether the moments are debiased.
-      weight_decay: decoupled weight decay, not negative, times the learning rate.
+      weight_decay: decoupled weight decay, not negative, multiplied by the learning rate; a number or a schedule.
       weight_decay_mask: which leaves decay, see ``mask`` of :func:`optax_nadam.nadamw`.
-      power: of :math:`\hat v` in the denominator, in place of the root; not negative.
+      power: of :math:`\hat v` in the denominator, in place of the root; positive.
 
     Returns:
       A gradient transformation that takes the steps of AlgoPerf's.
@@ -60,16 +69,16 @@ def nadamw(
 
     Source: ``reference_algorithms/paper_baselines/nadamw/jax/submission.py`` of AlgoPerf.
     """
-    return optax_nadam.nadamw(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        eps_root,
-        **configs.fields(debias, power),
-        weight_decay=weight_decay,
-        mask=weight_decay_mask,
-    )
+    decay = {"weight_decay": weight_decay, "mask": weight_decay_mask}
+    return ours.nadamw(learning_rate, b1, b2, eps, eps_root, rule=_rule(debias, power), **decay)
+
+
+def _rule(debias: Any, power: Any) -> RuleName | Rule:
+    """The rule that these two arguments choose."""
+    validation.check_bool("debias", debias)
+    validation.check_static("power", power)
+    rule: RuleName = "simplified" if debias else "undebiased"
+    return rule if power == 0.5 else dataclasses.replace(RULES[rule], power=power)
 
 
 def config_from(config: Mapping[str, Any]) -> NadamConfig:
@@ -90,7 +99,10 @@ def config_from(config: Mapping[str, Any]) -> NadamConfig:
       >>> compat.algoperf.config_from({"learning_rate": 0.1, "debias": False}).rule
       'undebiased'
     """
-    return configs.config_from(config)
+    check_keys(_SIDE, config, (*_SHARED, "debias", "power"), required=("learning_rate",))
+    fields = {**_DEFAULTS, **config}
+    rule = _rule(fields.pop("debias"), fields.pop("power"))
+    return config_of({}, {**fields, "rule": rule})
 
 
 def config_to(config: NadamConfig) -> dict[str, Any]:
@@ -111,44 +123,21 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
       >>> compat.algoperf.config_to(optax_nadam.NadamConfig(rule="simplified", learning_rate=0.1))["debias"]
       True
     """
-    return configs.config_to(config)
+    debias = _debias(config)
+    if not isinstance(config.learning_rate, float):
+        raise cannot_express(_SIDE, "learning_rate", config.learning_rate, "Pass config.learning_rate.build() to it.")
+    return {name: getattr(config, name) for name in _SHARED} | {"debias": debias, "power": rule_of(config).power}
 
 
-def load_state(
-    opt_state: Any,
-    source: Any,
-    to_params: Callable[[Any], Any] = lambda weights: weights,
-    *,
-    config: NadamConfig | None = None,
-) -> Any:
-    """The optimizer state that continues where AlgoPerf's ``nadamw`` stopped.
-
-    Args:
-      opt_state: a fresh state of the optimizer that is to continue, at any depth of chains and wrappers; it is not
-        changed.
-      source: AlgoPerf's optimizer state, at any depth of chains and wrappers.
-      to_params: turns a tree like the other run's params into one like ours; by default they are the same.
-      config: the hyperparameters of the optimizer that continues. Needed: the source stores no product of the momenta.
-
-    Returns:
-      A new state. With the rule ``simplified`` the next step is the one that AlgoPerf's would take.
-
-    Raises:
-      ValueError: ``source`` holds no such state or more than one, its moments do not fit, or there is no config.
-      TypeError: a moment is not an array of numbers.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> import optax
-      >>> from optax_nadam import compat
-      >>> config = compat.algoperf.config_from({"learning_rate": 0.1})
-      >>> tx, p = config.build(), jnp.ones(2)
-      >>> theirs = optax.ScaleByAdamState(count=jnp.int32(7), mu=p, nu=p)
-      >>> state = compat.algoperf.load_state(tx.init(p), theirs, config=config)
-      >>> int(optax.tree.get(state, "count"))
-      7
-    """
-    return load(opt_state, states.read(source), to_params, config)
+def _debias(config: NadamConfig) -> bool:
+    """The argument of that name for a config, which AlgoPerf must be able to express, whatever its learning rate."""
+    check_expressible(config, _SIDE, (*_SHARED, "rule"))
+    debias = {RULES["simplified"]: True, RULES["undebiased"]: False}.get(
+        dataclasses.replace(rule_of(config), power=0.5)
+    )
+    if debias is None:
+        raise cannot_express(_SIDE, "rule", config.rule, _OTHER_RULE)
+    return debias
 
 
 def dump_state(
@@ -162,13 +151,13 @@ def dump_state(
     Args:
       opt_state: a state with one Nadam in it, at any depth.
       from_params: turns a tree like our params into one like the other run's; by default they are the same.
-      config: not needed: this state holds no hyperparameters.
+      config: the hyperparameters of the run, to check that AlgoPerf can express them. Its state holds none.
 
     Returns:
       ``optax.ScaleByAdamState(count, mu, nu)``, whose fields are those of AlgoPerf's own class of that name.
 
     Raises:
-      ValueError: there is no Nadam state in ``opt_state``, or more than one.
+      ValueError: there is no Nadam state in ``opt_state``, or more than one; a config that AlgoPerf cannot express.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -176,5 +165,6 @@ def dump_state(
       >>> compat.algoperf.dump_state(compat.algoperf.nadamw(0.01).init(jnp.ones(2))).count.item()
       0
     """
-    del config
-    return states.write(opt_state, from_params)
+    if config is not None:
+        _debias(config)
+    return to_adam_state(opt_state, from_params)

@@ -304,7 +304,7 @@ def load_state(
       >>> int(optax.tree.get(state, "count"))
       1
     """
-    return load(opt_state, states.read(opt_state, source, config, dialect), to_params, config)
+    return load(opt_state, states.read(opt_state, source, config, dialect).mapped(to_params), config)
 
 
 def dump_state(
@@ -390,7 +390,7 @@ def set_weights(opt_state: Any, weights: Sequence[Any], to_params: Callable[[Any
       >>> int(optax.tree.get(state, "count"))
       1
     """
-    return load(opt_state, states.from_weights(opt_state, weights), to_params, None)
+    return load(opt_state, states.from_weights(opt_state, weights).mapped(to_params), None)
 
 
 def read_weights(source: Any) -> Any:

@@ -1,21 +1,44 @@
 """``optax.nadam``, ``nadamw``, ``adam`` and ``adamw`` of Optax 0.2: their names, defaults and states.
 
-Their arithmetic is that of the rules ``constant`` and ``adam``.
+Their arithmetic is that of the rules ``constant`` and, without ``nesterov``, ``adam``.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-import optax_nadam
+from optax_nadam import _nadam as ours
+from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam.compat import _optax_config as configs
-from optax_nadam.compat import _optax_state as states
-from optax_nadam.compat._common import load
+from optax_nadam._rules import RULES, RuleName
+from optax_nadam.compat._common import (
+    Checkpoint,
+    cannot_express,
+    check_expressible,
+    check_keys,
+    config_of,
+    get_numbers,
+    load,
+    rule_of,
+)
 
-__all__ = ["config_from", "config_to", "dump_state", "load_state", "nadam", "nadamw"]
+__all__ = ["adam", "adamw", "config_from", "config_to", "dump_state", "load_state", "nadam", "nadamw"]
+
+_NAMES = {"m_dtype": "mu_dtype"}
+_OPTIMIZERS = ("nadam", "nadamw", "adam", "adamw")
+_SHARED = ("learning_rate", "b1", "b2", "eps", "eps_root")
+_EXPRESSIBLE = (*_SHARED, "rule", "weight_decay", "m_dtype")
+_OTHER_RULE = "Optax follows 'constant' (nadamw) and 'adam' (adamw): pass dataclasses.replace(config, rule='constant')."
+
+_FIELDS = optax.ScaleByAdamState._fields  # count, mu, nu
+_NOT_ONE = (
+    "source must hold one ScaleByAdamState, the state of optax.adam, adamw, nadam or nadamw and of AlgoPerf's nadamw,"
+    " but holds {found}."
+)
 
 
 def nadam(
@@ -25,6 +48,8 @@ def nadam(
     eps: ArrayLike = 1e-8,
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.nadam``, with its arguments and defaults.
 
@@ -35,13 +60,14 @@ def nadam(
       eps: added to the root, not negative.
       eps_root: added under the root, not negative.
       mu_dtype: dtype of the first moment; see ``m_dtype`` of :func:`optax_nadam.scale_by_nadam`.
+      nesterov: whether the update looks ahead, as Nadam; otherwise it is that of Adam.
 
     Returns:
       A gradient transformation that takes the steps of ``optax.nadam``.
 
     Raises:
       ValueError: a number out of range, or a dtype that is not offered.
-      TypeError: a value that is not a number.
+      TypeError: a value that is not a number, or a ``nesterov`` that is not a boolean.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -51,7 +77,7 @@ def nadam(
       >>> f"{float(updates):.5f}"
       '-0.01474'
     """
-    return optax_nadam.nadam(learning_rate, b1, b2, eps, eps_root, rule="constant", m_dtype=mu_dtype)
+    return ours.nadam(learning_rate, b1, b2, eps, eps_root, rule=_rule(nesterov), m_dtype=mu_dtype)
 
 
 def nadamw(
@@ -61,8 +87,10 @@ def nadamw(
     eps: ArrayLike = 1e-8,
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
-    weight_decay: ArrayLike = 1e-4,
-    mask: Any | Callable[[optax.Params], Any] | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: ours.Mask | None = None,
+    *,
+    nesterov: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """``optax.nadamw``, with its arguments and defaults.
 
@@ -73,8 +101,9 @@ def nadamw(
       eps: added to the root, not negative.
       eps_root: added under the root, not negative.
       mu_dtype: dtype of the first moment.
-      weight_decay: decoupled weight decay, not negative, times the learning rate.
+      weight_decay: decoupled weight decay, not negative, multiplied by the learning rate; a number or a schedule.
       mask: which leaves decay, see :func:`optax_nadam.nadamw`.
+      nesterov: as in :func:`nadam`.
 
     Returns:
       A gradient transformation that takes the steps of ``optax.nadamw``.
@@ -92,17 +121,62 @@ def nadamw(
       >>> f"{float(updates):.5f}"
       '-0.01574'
     """
-    return optax_nadam.nadamw(
-        learning_rate,
-        b1,
-        b2,
-        eps,
-        eps_root,
-        rule="constant",
-        m_dtype=mu_dtype,
-        weight_decay=weight_decay,
-        mask=mask,
-    )
+    decay = {"weight_decay": weight_decay, "mask": mask}
+    return ours.nadamw(learning_rate, b1, b2, eps, eps_root, rule=_rule(nesterov), m_dtype=mu_dtype, **decay)
+
+
+def adam(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.adam``: :func:`nadam` with ``nesterov=False`` as the default.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_nadam import compat
+      >>> tx = compat.optax.adam(0.01)
+      >>> updates, state = tx.update(jnp.float32(0.5), tx.init(jnp.float32(1.0)))
+      >>> f"{float(updates):.5f}"
+      '-0.01000'
+    """
+    return nadam(learning_rate, b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov)
+
+
+def adamw(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: ours.Mask | None = None,
+    *,
+    nesterov: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """``optax.adamw``: :func:`nadamw` with ``nesterov=False`` as the default.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_nadam import compat
+      >>> tx = compat.optax.adamw(0.01, weight_decay=0.1)
+      >>> p = jnp.float32(1.0)
+      >>> updates, state = tx.update(jnp.float32(0.5), tx.init(p), p)
+      >>> f"{float(updates):.5f}"
+      '-0.01100'
+    """
+    return nadamw(learning_rate, b1, b2, eps, eps_root, mu_dtype, weight_decay, mask, nesterov=nesterov)
+
+
+def _rule(nesterov: bool) -> RuleName:
+    validation.check_bool("nesterov", nesterov)
+    return "constant" if nesterov else "adam"
 
 
 def config_from(config: Mapping[str, Any], *, optimizer: str) -> NadamConfig:
@@ -110,16 +184,15 @@ def config_from(config: Mapping[str, Any], *, optimizer: str) -> NadamConfig:
 
     Args:
       config: its keyword arguments, plain data; what is left out has Optax's default.
-      optimizer: whose: ``"nadam"``, ``"nadamw"``, ``"adam"`` or ``"adamw"``. It must be said, since their defaults
-        differ: ``nadamw`` has a weight decay of 1e-4.
+      optimizer: whose: ``"nadam"``, ``"nadamw"``, ``"adam"`` or ``"adamw"``. Required, because their defaults differ:
+        ``nadamw`` has a weight decay of 1e-4.
 
     Returns:
-      A config that builds the same optimizer, with the rule ``constant``, or with ``adam`` for ``optax.adam`` and
-      ``adamw`` without ``nesterov``.
+      A config that builds the same optimizer, with the rule ``constant``, or ``adam`` without ``nesterov``.
 
     Raises:
       ValueError: an unknown key or optimizer, a missing learning rate, a number out of range, or a mask, which is not
-        plain data.
+        plain data: pass it to ``NadamConfig.build``.
       TypeError: a value of the wrong type.
 
     Examples:
@@ -128,18 +201,24 @@ def config_from(config: Mapping[str, Any], *, optimizer: str) -> NadamConfig:
       >>> config.rule, config.weight_decay
       ('constant', 0.0001)
     """
-    return configs.config_from(config, optimizer)
+    validation.check_choice("optimizer", optimizer, _OPTIMIZERS)
+    defaults = {"eps": 1e-8, "mu_dtype": None, "nesterov": optimizer.startswith("nadam")}
+    defaults |= {"weight_decay": 1e-4} if optimizer.endswith("w") else {}
+    check_keys(f"optax.{optimizer}", config, {*_SHARED, *defaults}, required=("learning_rate",))
+    fields = {**defaults, **config}
+    rule, m_dtype = _rule(fields.pop("nesterov")), fields.pop("mu_dtype")
+    return config_of(_NAMES, {**fields, "rule": rule, "m_dtype": m_dtype})
 
 
 def config_to(config: NadamConfig) -> dict[str, Any]:
-    """Keyword arguments for ``optax.nadamw``, or for ``optax.adamw`` where the rule is ``adam``.
+    """Keyword arguments for ``optax.nadamw`` and for ``optax.adamw``, which differ in the default of ``nesterov`` only.
 
     Args:
       config: what to translate.
 
     Returns:
-      The arguments, the weight decay among them, which may be 0. :func:`config_from` with ``optimizer="nadamw"`` (or
-      ``"adamw"``) turns them back into an equal config, but for fields without effect.
+      The arguments, ``nesterov`` and the weight decay among them, which may be 0. :func:`config_from` with
+      ``optimizer="nadamw"`` or ``"adamw"`` turns them back into an equal config, but for fields without effect.
 
     Raises:
       ValueError: the config has something that Optax's optimizers cannot express, named in the text.
@@ -147,10 +226,24 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
     Examples:
       >>> import optax_nadam
       >>> from optax_nadam import compat
-      >>> compat.optax.config_to(optax_nadam.NadamConfig(rule="constant", learning_rate=0.1))["weight_decay"]
-      0.0
+      >>> compat.optax.config_to(optax_nadam.NadamConfig(rule="constant", learning_rate=0.1))["nesterov"]
+      True
     """
-    return configs.config_to(config)
+    _check_config(config)
+    if not isinstance(config.learning_rate, float):
+        advice = "Pass config.learning_rate.build() to it."
+        raise cannot_express("optax.nadamw", "learning_rate", config.learning_rate, advice)
+    decay = {"weight_decay": config.weight_decay, "mu_dtype": config.m_dtype}
+    return {name: getattr(config, name) for name in _SHARED} | decay | {"nesterov": rule_of(config).nesterov}
+
+
+def _check_config(config: NadamConfig) -> None:
+    """Rejects a config that Optax cannot express, whatever its learning rate."""
+    check_expressible(config, "optax.nadamw", _EXPRESSIBLE)
+    if rule_of(config) not in (RULES["constant"], RULES["adam"]):
+        raise cannot_express("optax.nadamw", "rule", config.rule, _OTHER_RULE)
+    if config.m_dtype == "int8":
+        raise cannot_express("optax.nadamw", "m_dtype", config.m_dtype, "It has no 8-bit format.")
 
 
 def load_state(
@@ -171,7 +264,8 @@ def load_state(
       source: Optax's state, at any depth of chains and wrappers; also as the dicts and lists that Orbax without a
         target, or Flax's ``to_state_dict``, makes of it.
       to_params: turns a tree like the other run's params into one like ours; by default they are the same.
-      config: the hyperparameters of the optimizer that continues. Needed: Optax stores no product of the momenta.
+      config: the hyperparameters of the optimizer that continues. Required, because Optax stores no product of the
+        momenta.
 
     Returns:
       A new optimizer state. With the rule ``constant`` the next step is the one that ``optax.nadam`` would take, with
@@ -192,7 +286,25 @@ def load_state(
       >>> int(optax.tree.get(state, "count"))
       1
     """
-    return load(opt_state, states.read(source), to_params, config)
+    found = [node for node in jax.tree.leaves(source, is_leaf=_is_adam) if _is_adam(node)]
+    if len(found) != 1:
+        raise ValueError(_NOT_ONE.format(found=len(found)))
+    (adam,) = found
+    count, m, v = (adam[name] if isinstance(adam, Mapping) else getattr(adam, name) for name in _FIELDS)
+    checkpoint = Checkpoint("a ScaleByAdamState", validation.parse_count("count", count), None, m, v)
+    return load(opt_state, checkpoint.mapped(to_params), config)
+
+
+def _is_adam(node: Any) -> bool:
+    """Whether a node is Optax's state, AlgoPerf's of the same name and fields, or what Orbax restores of either.
+
+    Orbax without a target restores NamedTuples as dicts of their fields. A layer may have params of these names, but
+    then its ``count`` is not an integer.
+    """
+    if isinstance(node, Mapping):
+        return set(node) == set(_FIELDS) and np.issubdtype(np.asarray(node["count"]).dtype, np.integer)
+    same_name = type(node).__name__ == optax.ScaleByAdamState.__name__
+    return same_name and getattr(node, "_fields", None) == _FIELDS
 
 
 def dump_state(
@@ -206,13 +318,13 @@ def dump_state(
     Args:
       opt_state: a state with one Nadam in it, at any depth.
       from_params: turns a tree like our params into one like the other run's; by default they are the same.
-      config: not needed: Optax's state holds no hyperparameters.
+      config: the hyperparameters of the run, to check that Optax can express them. Its state holds none.
 
     Returns:
       ``optax.ScaleByAdamState(count, mu, nu)``, the first part of the state of ``optax.adam`` and its kin.
 
     Raises:
-      ValueError: there is no Nadam state in ``opt_state``, or more than one.
+      ValueError: there is no Nadam state in ``opt_state``, or more than one; a config that Optax cannot express.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -221,5 +333,12 @@ def dump_state(
       >>> compat.optax.dump_state(tx.init(jnp.float32(1.0))).count.item()
       0
     """
-    del config
-    return states.write(opt_state, from_params)
+    if config is not None:
+        _check_config(config)
+    return to_adam_state(opt_state, from_params)
+
+
+def to_adam_state(opt_state: Any, from_params: Callable[[Any], Any]) -> optax.ScaleByAdamState:
+    """The state of Optax's Adam with the numbers of ours."""
+    state = get_numbers(opt_state)
+    return optax.ScaleByAdamState(count=state.count, mu=from_params(state.m), nu=from_params(state.v))

@@ -183,10 +183,10 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
     Examples:
       >>> import optax_nadam
       >>> from optax_nadam.compat import timm as timm_names
-      >>> config = optax_nadam.NadamConfig(rule="simplified", learning_rate=0.01, weight_decay=0.1, clip_by_gradient_rms=1.0)
+      >>> config = optax_nadam.NadamConfig(rule="simplified", weight_decay=0.1, clip_by_gradient_rms=1.0)
       >>> group = timm_names.config_to(config)
       >>> group["lr"], group["weight_decay"], group["clipping_threshold"]
-      (0.01, 0.1, 1.0)
+      (0.001, 0.1, 1.0)
 
     Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """

@@ -13,7 +13,7 @@ from jax import numpy as jnp
 
 import optax_nadam
 from optax_nadam import NadamConfig, compat, get_state
-from optax_nadam._state import nodes_of
+from optax_nadam._tree import nodes_of
 
 pytestmark = pytest.mark.lenient("Optax's transformations mix dtypes")
 CONFIG = NadamConfig(learning_rate=0.1, rule="constant", eps=1e-8)
