@@ -224,7 +224,7 @@ def part_c(start: Present) -> dict[str, float]:
         arrays = [np.asarray(x).T for x in jax.tree.leaves(params)]
         return [x for wanted in (True, False) for x, decay in zip(arrays, decaying, strict=True) if decay == wanted]
 
-    gradient = jax.jit(lambda params, *batch: CLIP.update(jax.grad(loss_of)(params, *batch), CLIP.init(None))[0])
+    gradient = jax.jit(lambda params, *batch: CLIP.update(jax.grad(loss_of)(params, *batch), CLIP.init(params))[0])
     grads = [from_params(gradient(x.params, *batch)) for x, batch in zip([run, *ours], batches, strict=False)]
     config, found = replace(start.config, learning_rate=RATES[1], clip_global_norm=None), {}
     for name in ("carried", "fresh"):

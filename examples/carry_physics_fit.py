@@ -125,8 +125,8 @@ def train(tx: optax.GradientTransformation, start: np.ndarray, steps: int) -> np
     def step(carry: Any, _: None) -> tuple[Any, jax.Array]:
         weights, state = carry
         updates, state = tx.update(jax.grad(loss_of)(weights, x, y), state, weights)
-        weights = optax.apply_updates(weights, updates)
-        return (weights, state), jnp.concatenate([jnp.ravel(weight) for weight in weights])
+        moved: Any = optax.apply_updates(weights, updates)
+        return (moved, state), jnp.concatenate([jnp.ravel(weight) for weight in moved])
 
     weights = [jnp.asarray(weight) for weight in shaped(start)]
     return np.asarray(jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))((weights, tx.init(weights)))[1])

@@ -1,5 +1,7 @@
 """A learning rate for each layer: optax.partition gives each its own Nadam."""
 
+from typing import Any
+
 import jax
 import optax
 from _shared import arguments, digits_in_batches, initial_params, make_step, report, train
@@ -14,12 +16,12 @@ def main() -> tuple[dict[str, float], list[float]]:
     """Trains; returns the largest change of a weight of each layer in the first step, and the losses."""
     chosen = arguments(__doc__, steps=300)
     batches, params = digits_in_batches(chosen.steps, chosen.seed), initial_params(chosen.seed)
-    optimizers = {layer: optax_nadam.nadam(learning_rate) for layer, learning_rate in LEARNING_RATES.items()}
+    optimizers: dict[Any, optax.GradientTransformation] = {layer: optax_nadam.nadam(learning_rate) for layer, learning_rate in LEARNING_RATES.items()}
     tx = optax.partition(optimizers, {layer: layer for layer in params})
     step = make_step(tx)
     first, _, _ = step(params, tx.init(params), *batches[0])
     moves = jax.tree.map(lambda new, old: jnp.max(jnp.abs(new - old)), first, params)
-    largest = {layer: float(optax.tree.max(moves[layer])) for layer in LEARNING_RATES}
+    largest = {layer: float(jnp.asarray(optax.tree.max(moves[layer]))) for layer in LEARNING_RATES}
     for layer, move in largest.items():
         print(f"{layer}: learning rate {LEARNING_RATES[layer]:g}, the first step moves a weight by up to {move:.6f}")
 

@@ -35,7 +35,7 @@ def main() -> tuple[list[float], np.ndarray]:
     members = [initial_params(chosen.seed + member) for member in range(MEMBERS)]
     params: Any = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     tx = optax.inject_hyperparams(optax_nadam.nadam)(learning_rate=1e-3, b1=0.9)
-    state = jax.vmap(tx.init)(params)
+    state: Any = jax.vmap(tx.init)(params)
     state.hyperparams["learning_rate"] = jnp.asarray(10 ** rng.uniform(-4, -1, MEMBERS), jnp.float32)
     state.hyperparams["b1"] = jnp.asarray(rng.uniform(0.5, 0.99, MEMBERS), jnp.float32)
 

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import dtype_of, in_device_memory, placed_like, zeros_like
 from optax_nadam._rounding import RandomBits, bits_of, number_of
-from optax_nadam._tree import map_nodes, the_node
+from optax_nadam._tree import map_and_unzip, map_nodes, the_node
 
 _FLOAT16 = (
     "{leaf} has dtype float16; compensated stores what rounding to bfloat16 drops. Cast it to bfloat16 or float32."
@@ -109,11 +109,11 @@ def compensated(
 
     def init(params: optax.Params) -> CompensatedState:
         _check_not_float16("params", params)
-        remainder = jax.tree.map(lambda p: _zero_remainder(p, dtype) if _is_bfloat16(p) else optax.MaskedNode(), params)
-        return CompensatedState(jnp.zeros((), jnp.int32), remainder, inner.init(_wide(params)))
+        remainder = jax.tree.map(lambda p: _zero_remainder(p, dtype), params)
+        return CompensatedState(jnp.zeros((), jnp.int32), remainder, inner.init(_in_float32(params)))
 
     def update(
-        updates: optax.Updates, state: CompensatedState, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, CompensatedState]:
         validation.check_state("compensated", state, CompensatedState)
         validation.check_arrays("compensated", (state.count, state.remainder))
@@ -121,14 +121,12 @@ def compensated(
         validation.check_structure("gradients", updates, params)
         validation.check_shapes("gradients", updates, params)
         with jax.named_scope("compensated"):
-            count = optax.safe_increment(state.count)
-            masters = jax.tree.map(_master, params, state.remainder)
-        steps, inner_state = inner.update(_wide(updates), state.inner_state, masters, **extra_args)
+            count: Any = optax.safe_increment(state.count)
+            weights = jax.tree.map(_weight, params, state.remainder)
+        steps, inner_state = inner.update(_in_float32(updates), state.inner_state, weights, **extra_args)
         with jax.named_scope("compensated"):
-            target = functools.partial(_target, random=RandomBits.for_weights(count))
-            targets = jax.tree.map(target, params, masters, steps, state.remainder)
-            remainder = jax.tree.map(_remainder, params, targets, state.remainder)
-            applied = jax.tree.map(_to_apply, params, targets, remainder, steps)
+            update_leaf = functools.partial(_update_leaf, random=RandomBits.for_weights(count))
+            applied, remainder = map_and_unzip(2, update_leaf, params, weights, steps, state.remainder)
         return applied, CompensatedState(count, remainder, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -157,7 +155,7 @@ def master_params(opt_state: Any, params: optax.Params) -> optax.Params:
     """
     remainder = the_node("opt_state", opt_state, CompensatedState).remainder
     _check_params(params, remainder)
-    return jax.tree.map(lambda p, r: _master(p, jax.tree.map(in_device_memory, r)), params, remainder)
+    return jax.tree.map(lambda p, r: _weight(p, jax.tree.map(in_device_memory, r)), params, remainder)
 
 
 def set_master_params(opt_state: Any, weights: optax.Params) -> tuple[optax.Params, Any]:
@@ -191,9 +189,7 @@ def set_master_params(opt_state: Any, weights: optax.Params) -> tuple[optax.Para
     """
     state = the_node("opt_state", opt_state, CompensatedState)
     _check_masters(weights, state.remainder)
-    targets = jax.tree.map(_nearest_stored, weights, state.remainder)
-    params = jax.tree.map(_stored_param, targets, state.remainder)
-    remainder = jax.tree.map(_stored_remainder, targets, state.remainder)
+    params, remainder = map_and_unzip(2, _split_leaf, weights, state.remainder)
     new = state._replace(remainder=remainder)
     return params, map_nodes(lambda _: new, opt_state, CompensatedState)
 
@@ -256,87 +252,66 @@ def _is_compensated(remainder: Any) -> bool:
     return remainder is None or hasattr(remainder, "shape")
 
 
-def _zero_remainder(p: jax.Array, dtype: DTypeLike | None) -> Any:
-    return None if dtype is None else zeros_like(p, dtype)
-
-
-def _nearest_stored(weight: jax.Array, remainder: Any) -> jax.Array:
-    """The weight rounded to the nearest number that param and remainder can hold; another leaf as it is."""
-    if not _is_compensated(remainder):
-        return weight
-    half = (1 << _dropped_bits(remainder)) >> 1
-    return _stored(jnp.asarray(weight).astype(jnp.float32), remainder, half)
-
-
-def _stored_param(target: jax.Array, remainder: Any) -> jax.Array:
-    if not _is_compensated(remainder):
-        return target
-    param = _nearest(target).astype(jnp.bfloat16)
-    return param if remainder is None else in_device_memory(placed_like(param, remainder))
-
-
-def _stored_remainder(target: jax.Array, remainder: Any) -> Any:
-    if not hasattr(remainder, "shape"):
-        return remainder
-    lacking = _lacking(target, _nearest(target), remainder).astype(remainder.dtype)
-    return placed_like(lacking, remainder)
-
-
 def _is_bfloat16(leaf: Any) -> bool:
     return dtype_of(leaf) == jnp.bfloat16
 
 
-def _wide(tree: Any) -> Any:
+def _in_float32(tree: Any) -> Any:
     """The tree with float32 in place of bfloat16."""
     return jax.tree.map(lambda x: x.astype(jnp.float32) if _is_bfloat16(x) else x, tree)
 
 
-def _master(p: jax.Array, remainder: Any) -> jax.Array:
-    """The weight with what bfloat16 dropped; for another leaf the weight itself."""
+def _zero_remainder(p: Any, dtype: DTypeLike | None) -> Any:
+    if not _is_bfloat16(p):
+        return optax.MaskedNode()
+    return None if dtype is None else zeros_like(p, dtype)
+
+
+def _weight(p: jax.Array, remainder: Any) -> jax.Array:
+    """The weight with what bfloat16 dropped; for another leaf the param itself."""
     if not _is_bfloat16(p):
         return p
-    return number_of(bits_of(p.astype(jnp.float32)) + _as_bits(remainder))
+    bits = bits_of(p.astype(jnp.float32))
+    return number_of(bits if remainder is None else bits + _in_bits(remainder))
 
 
-def _target(p: jax.Array, master: jax.Array, step: jax.Array, remainder: Any, random: RandomBits) -> jax.Array:
-    """The weight after the step, stochastically rounded to the bits that are stored."""
+def _update_leaf(
+    p: jax.Array, weight: jax.Array, step: jax.Array, remainder: Any, *, random: RandomBits
+) -> tuple[jax.Array, Any]:
+    """The update from a bfloat16 param to its new value, and the new remainder; another leaf takes the step itself."""
     if not _is_bfloat16(p):
-        return p
-    return _stored(master + step.astype(master.dtype), remainder, random.draw(master.shape).astype(jnp.int32))
+        return step, remainder
+    now, drawn = p.astype(jnp.float32), random.draw(weight.shape).astype(jnp.int32)
+    target = _rounded_down(weight + step.astype(weight.dtype), remainder, drawn)
+    if remainder is None:
+        return target - now, None
+    # A cast to bfloat16 and back would be deleted under jit. What the addition does not reach has no remainder anyway,
+    # but with the comparison XLA makes one pass of the step for TPU, without it sometimes three.
+    nearest = _nearest(target)
+    reached = lax.reduce_precision(now + (nearest - now), exponent_bits=8, mantissa_bits=7) == nearest
+    stored = jnp.where(reached, _remainder(target, nearest, remainder), 0).astype(remainder.dtype)
+    # Computed from the stored remainder: otherwise XLA makes several passes for TPU where one is enough.
+    return number_of(bits_of(target) - _in_bits(stored)) - now, stored
 
 
-def _stored(weight: jax.Array, remainder: Any, added: jax.Array | int) -> jax.Array:
+def _split_leaf(weight: jax.Array, remainder: Any) -> tuple[jax.Array, Any]:
+    """The param and the remainder nearest to a weight, placed like the remainder; another leaf is its own param."""
+    if not _is_compensated(remainder):
+        return weight, remainder
+    half = (1 << _dropped_bits(remainder)) >> 1
+    target = _rounded_down(jnp.asarray(weight).astype(jnp.float32), remainder, half)
+    nearest = _nearest(target)
+    param = nearest.astype(jnp.bfloat16)
+    if remainder is None:
+        return param, None
+    stored = _remainder(target, nearest, remainder).astype(remainder.dtype)
+    return in_device_memory(placed_like(param, remainder)), placed_like(stored, remainder)
+
+
+def _rounded_down(weight: jax.Array, remainder: Any, added: jax.Array | int) -> jax.Array:
     """The weight in the bits that are stored, rounded down after a number less than the last of them is added."""
     fraction = (1 << _dropped_bits(remainder)) - 1
     return number_of((bits_of(weight) + (added & fraction)) & ~fraction)
-
-
-def _remainder(p: jax.Array, target: jax.Array, remainder: Any) -> Any:
-    """The target less its nearest bfloat16; zero where the addition in float32 does not reach that bfloat16.
-
-    It is zero there anyway, but with the comparison XLA makes one pass of the step for TPU, without it sometimes three.
-    """
-    if not _is_bfloat16(p) or remainder is None:
-        return remainder
-    nearest, now = _nearest(target), p.astype(jnp.float32)
-    # A cast to bfloat16 and back would be deleted under jit.
-    reached = lax.reduce_precision(now + (nearest - now), exponent_bits=8, mantissa_bits=7)
-    return jnp.where(reached == nearest, _lacking(target, nearest, remainder), 0).astype(remainder.dtype)
-
-
-def _lacking(target: jax.Array, nearest: jax.Array, remainder: jax.Array) -> jax.Array:
-    """What the nearest bfloat16 lacks, in units of the last bit stored."""
-    return (bits_of(target) - bits_of(nearest)) >> _dropped_bits(remainder)
-
-
-def _to_apply(p: jax.Array, target: jax.Array, remainder: Any, step: jax.Array) -> jax.Array:
-    """The update from the bfloat16 weight to its new value; for another leaf the step itself.
-
-    Computed from the stored remainder: otherwise XLA makes several passes for TPU where one is enough.
-    """
-    if not _is_bfloat16(p):
-        return step
-    return number_of(bits_of(target) - _as_bits(remainder)) - p.astype(jnp.float32)
 
 
 def _nearest(x: jax.Array) -> jax.Array:
@@ -344,10 +319,13 @@ def _nearest(x: jax.Array) -> jax.Array:
     return number_of((bits_of(x) + 0x8000) & ~0xFFFF)
 
 
-def _as_bits(remainder: jax.Array | None) -> jax.Array | int:
+def _remainder(target: jax.Array, nearest: jax.Array, like: jax.Array) -> jax.Array:
+    """What the nearest bfloat16 lacks, in units of the last bit stored."""
+    return (bits_of(target) - bits_of(nearest)) >> _dropped_bits(like)
+
+
+def _in_bits(remainder: jax.Array) -> jax.Array:
     """A remainder in units of the last bit of float32."""
-    if remainder is None:
-        return 0
     return remainder.astype(jnp.int32) << _dropped_bits(remainder)
 
 

@@ -112,7 +112,7 @@ def _counters() -> dict[type, str]:
         **dict.fromkeys(INJECTED, "count"),
         optax.ScaleByScheduleState: "count",
         type(optax.schedules.WrappedSchedule(schedule).init()): "count",
-        type(optax.add_decayed_weights(schedule).init(None)): "count",
+        type(optax.add_decayed_weights(schedule).init(())): "count",
         optax.MultiStepsState: "gradient_step",
     }
 

@@ -29,7 +29,7 @@ from optax_nadam._rules import (
 )
 from optax_nadam._schedules import parse_learning_rate, parse_weight_decay
 from optax_nadam._state import ScaleByNadamState
-from optax_nadam._tree import in_form_of
+from optax_nadam._tree import in_form_of, map_and_unzip
 
 Mask = Any | Callable[[optax.Params], Any]  # a tree of booleans like the params, a prefix of it, or what makes one
 
@@ -150,10 +150,7 @@ def scale_by(
         )
 
     def update(
-        updates: optax.Updates,
-        state: ScaleByNadamState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, ScaleByNadamState]:
         del extra_args
         validation.check_state("scale_by_nadam", state, ScaleByNadamState)
@@ -163,11 +160,9 @@ def scale_by(
         if params is not None:
             validation.check_like_moments("params", params, m)
         with jax.named_scope("nadam"):
-            count = optax.safe_increment(state.count)
+            count: Any = optax.safe_increment(state.count)
             mu_product, c = scalars_of_step(rule, count, state.mu_product, h)
-            leaves = zip(*(jax.tree.leaves(tree, is_quantized) for tree in (updates, m, v)), strict=True)
-            stepped = [_update_leaf(g, m, v, c, count, power) for g, m, v in leaves]
-        u, m, v = _unzip(jax.tree.structure(updates), stepped)
+            u, m, v = map_and_unzip(3, lambda g, m, v: _update_leaf(g, m, v, c, count, power), updates, m, v)
         product = mu_product.astype(state.mu_product.dtype)
         return u, ScaleByNadamState(count, product, in_form_of(state.m, m), in_form_of(state.v, v))
 
@@ -195,12 +190,6 @@ def direction(g: jax.Array, m: jax.Array, v: jax.Array, c: Coefficients, power: 
     v_hat = c.cv * v + c.eps_root
     denominator = (jnp.sqrt(v_hat) if power == 0.5 else v_hat**power) + c.eps
     return numerator / denominator.astype(g.dtype)
-
-
-def _unzip(treedef: Any, triples: list[tuple[jax.Array, Moment, Moment]]) -> tuple[Any, Any, Any]:
-    """Three trees from a triple for each leaf; the nodes never hold triples, since some accept only arrays."""
-    first, second, third = (jax.tree.unflatten(treedef, [triple[i] for triple in triples]) for i in range(3))
-    return first, second, third
 
 
 def nadam(

@@ -94,7 +94,7 @@ def parse_weight_decay(value: Any) -> optax.ScalarOrSchedule:
     return _parse("weight_decay", value, validation.check_not_negative)
 
 
-def _parse(name: str, value: Any, check: Callable[[str, Any], None]) -> optax.ScalarOrSchedule:
+def _parse(name: str, value: Any, check: Callable[[str, Any], None]) -> Any:
     if isinstance(value, ScheduleConfig):
         return value.build()
     if callable(value):
@@ -117,7 +117,7 @@ def _scalar_valued(name: str, schedule: optax.Schedule) -> optax.Schedule:
 
 
 def exponential_decay(
-    initial_learning_rate: float, decay_steps: float, decay_rate: float, staircase: bool = False
+    initial_learning_rate: float, decay_steps: Any, decay_rate: float, staircase: bool = False
 ) -> optax.Schedule:
     """The initial learning rate times ``decay_rate ** (count / decay_steps)``; with ``staircase``, whole powers."""
     return optax.exponential_decay(initial_learning_rate, decay_steps, decay_rate, staircase=staircase)
@@ -163,7 +163,7 @@ def piecewise_constant(boundaries: Sequence[int], values: Sequence[float]) -> op
 
 def cosine_decay(
     initial_learning_rate: float,
-    decay_steps: float,
+    decay_steps: Any,
     alpha: float = 0.0,
     warmup_target: float | None = None,
     warmup_steps: int = 0,

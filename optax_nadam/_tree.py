@@ -73,6 +73,17 @@ def the_node(name: str, tree: Any, kind: type[_Node]) -> _Node:
     return found[0]
 
 
+def map_and_unzip(number: int, f: Callable[..., tuple[Any, ...]], tree: Any, *rest: Any) -> tuple[Any, ...]:
+    """Trees from a function that makes ``number`` values of the leaves in one place, or of subtrees of ``rest`` there.
+
+    No node ever holds a tuple of values, since some nodes accept only arrays.
+    """
+    structure: Any
+    leaves, structure = jax.tree.flatten(tree)
+    values = [f(*each) for each in zip(leaves, *map(structure.flatten_up_to, rest), strict=True)]
+    return tuple(jax.tree.unflatten(structure, [value[i] for value in values]) for i in range(number))
+
+
 def in_form_of(like: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
     """``tree`` in the structure of ``like`` if only the containers differ: fields in one, keys in the other.
 

@@ -152,7 +152,7 @@ def accumulate(tx: optax.GradientTransformation, steps: int) -> optax.GradientTr
         )
 
     def update(
-        updates: optax.Updates, state: optax.MultiStepsState, params: optax.Params | None = None, **extra_args: Any
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.MultiStepsState]:
         validation.check_state("accumulate", state, optax.MultiStepsState)
         arrays = {name: x for name, x in extra_args.items() if not callable(x)}

@@ -340,6 +340,16 @@ def test_weight_decay_is_decoupled_and_masked():
     chex.assert_trees_all_equal(state[0].v, scale_by_nadam().update(grads, scale_by_nadam().init(params))[1].v)
 
 
+def test_weight_decay_schedule():
+    """It counts the steps taken, and a float32 params tree gets its factor times the learning rate."""
+    tx, p, g = nadamw(0.1, weight_decay=lambda n: 0.25 / (1 + n.astype(float))), jnp.float32(2.0), jnp.float32(1.0)
+    plain, state, other = nadam(0.1), tx.init(p), nadam(0.1).init(p)
+    for count in range(3):
+        u, state = tx.update(g, state, p)
+        u_plain, other = plain.update(g, other)
+        np.testing.assert_allclose(u, u_plain - 0.1 * 0.25 / (1 + count) * p, rtol=1e-6)
+
+
 HYPERPARAMETERS = {"b1": 0.9, "b2": 0.999, "eps": 1e-7, "eps_root": 0.0}
 KEYWORD_ONLY = {"momentum_decay": 4e-3, "rule": "scheduled", "m_dtype": None, "v_dtype": None}
 

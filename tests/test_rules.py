@@ -25,7 +25,7 @@ def test_one_minus_a_power_is_right_to_3e_7(kind):
         base = kind(b)
         number = float(base)
         base = number if isinstance(base, float | np.floating) else base
-        complement = _rules._power(base, jnp.asarray(STEPS, jnp.float32)).complement
+        complement = _rules._decayed(base, jnp.asarray(STEPS, jnp.float32)).complement
         exact = -np.expm1(STEPS * np.log(number))
         np.testing.assert_allclose(np.asarray(complement, float), exact, rtol=3e-7, err_msg=f"b={b}")
 
@@ -33,14 +33,14 @@ def test_one_minus_a_power_is_right_to_3e_7(kind):
 @pytest.mark.x64
 def test_one_minus_a_power_is_right_to_1e_14_in_float64():
     b = np.longdouble(0.99999)
-    complement = jax.vmap(lambda t: _rules._power(0.99999, t).complement)(jnp.asarray(STEPS, jnp.float64))
+    complement = jax.vmap(lambda t: _rules._decayed(0.99999, t).complement)(jnp.asarray(STEPS, jnp.float64))
     exact = -np.expm1(STEPS * np.log1p(b - 1))
     np.testing.assert_allclose(np.asarray(complement), np.asarray(exact, float), rtol=1e-14)
 
 
 def test_powers_of_zero_are_zero():
     for base in (0.0, jnp.float32(0.0)):
-        power = _rules._power(base, jnp.float32(3.0))
+        power = _rules._decayed(base, jnp.float32(3.0))
         assert power.value == 0
         assert power.complement == 1
 

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from optax_nadam import NadamConfig, _wrappers, clip_by_global_norm, get_state, nadam, scale_by_nadam
+from optax_nadam import NadamConfig, _wrappers, accumulate, clip_by_global_norm, get_state, nadam, scale_by_nadam
 from tests.reference import Nadam
 
 DTYPES = ["float16", "bfloat16", "float32", "float64", "complex64", "complex128"]
@@ -126,6 +126,30 @@ def test_complex_gradients_accumulate_both_parts():
         steps.append(u)
     np.testing.assert_allclose(steps[0], -0.0634 - 0.0845j, atol=1e-4)
     chex.assert_trees_all_close(*steps, rtol=1e-6)
+
+
+@pytest.mark.lenient("optax.MultiSteps mixes dtypes")
+def test_accumulate_is_multi_steps(rng):
+    """Of any optimizer, with what it needs besides: params, and extra arguments, of which some are functions."""
+    grads = jnp.asarray(rng.normal(size=(12, 5)), jnp.float32)
+    inner = optax.chain(optax.adamw(0.1), optax.scale_by_backtracking_linesearch(4))
+
+    def run(tx):
+        params = jnp.ones(5)
+        state = tx.init(params)
+        for g in grads:
+            extra = {"value": jnp.sum(params**2), "grad": 2 * params, "value_fn": lambda p: jnp.sum(p**2)}
+            u, state = tx.update(g, state, params, **extra)
+            params = optax.apply_updates(params, u)
+        return params
+
+    chex.assert_trees_all_close(run(accumulate(inner, 3)), run(optax.MultiSteps(inner, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("steps", "kind"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
+def test_accumulate_counts_in_whole_steps(steps, kind):
+    with pytest.raises(kind, match=f"steps must be .*got {steps!r}"):
+        accumulate(optax.sgd(0.1), steps)
 
 
 def test_an_accumulated_mean_in_bfloat16_does_not_stall():

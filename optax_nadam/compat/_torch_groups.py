@@ -46,7 +46,7 @@ def _optimizer(configs: list[NadamConfig], tags: Any, *, with_frozen: bool) -> o
     """The optimizer of leaves that are tagged with the number of their config, from 1."""
     kinds = [dataclasses.replace(config, weight_decay=0.0) for config in configs]
     distinct = list(dict.fromkeys(kinds))
-    optimizers = {}
+    optimizers: dict[Any, optax.GradientTransformation] = {}
     for index, kind in enumerate(distinct):
         own = [tag for tag, other in enumerate(kinds, 1) if other == kind]
         decays = [(configs[tag - 1].weight_decay, _mask(tags, tag) if len(own) > 1 else None) for tag in own]

@@ -69,8 +69,16 @@ def nadamw(
 
     Source: ``reference_algorithms/paper_baselines/nadamw/jax/submission.py`` of AlgoPerf.
     """
-    decay = {"weight_decay": weight_decay, "mask": weight_decay_mask}
-    return ours.nadamw(learning_rate, b1, b2, eps, eps_root, rule=_rule(debias, power), **decay)
+    return ours.nadamw(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        eps_root,
+        rule=_rule(debias, power),
+        weight_decay=weight_decay,
+        mask=weight_decay_mask,
+    )
 
 
 def _rule(debias: Any, power: Any) -> RuleName | Rule:

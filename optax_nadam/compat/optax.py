@@ -121,8 +121,17 @@ def nadamw(
       >>> f"{float(updates):.5f}"
       '-0.01574'
     """
-    decay = {"weight_decay": weight_decay, "mask": mask}
-    return ours.nadamw(learning_rate, b1, b2, eps, eps_root, rule=_rule(nesterov), m_dtype=mu_dtype, **decay)
+    return ours.nadamw(
+        learning_rate,
+        b1,
+        b2,
+        eps,
+        eps_root,
+        rule=_rule(nesterov),
+        m_dtype=mu_dtype,
+        weight_decay=weight_decay,
+        mask=mask,
+    )
 
 
 def adam(

@@ -160,7 +160,6 @@ def test_configs_survive_the_way_through_a_group(case):
 
 UNSUPPORTED: dict[str, Any] = {
     "eps_root": 1e-9,
-    "learning_rate_decay": 0.1,
     "clip_value": 1.0,
     "clip_norm": 1.0,
     "clip_global_norm": 1.0,

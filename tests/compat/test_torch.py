@@ -226,7 +226,6 @@ UNSUPPORTED: dict[str, Any] = {
     "eps_root": 1e-9,
     "rule": "torch1",
     "weight_decay_peak_learning_rate": 1.0,
-    "learning_rate_decay": 0.1,
     "clip_value": 1.0,
     "clip_norm": 1.0,
     "clip_global_norm": 1.0,

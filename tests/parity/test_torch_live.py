@@ -206,7 +206,7 @@ def test_torch_continues_in_place_without_changing_what_we_loaded():
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), before, state))
 
 
-class Net(torch.nn.Module):  # type: ignore[misc]  # torch may be absent, and has no types then
+class Net(torch.nn.Module):
     """A convolution and a linear layer."""
 
     def __init__(self):

@@ -20,7 +20,7 @@ MAKERS: dict[str, Any] = {
     "nadam": nadam,
     "nadamw": nadamw,
     "scheduled rate": lambda: nadam(lambda count: 0.1 / (1 + count.astype(float))),
-    "config": lambda: NadamConfig(learning_rate_decay=0.1, weight_decay=0.01, coupled_weight_decay=True).build(),
+    "config": lambda: NadamConfig(clip_norm=1.0, weight_decay=0.01, coupled_weight_decay=True).build(),
 } | {f"rule {rule}": functools.partial(nadamw, rule=rule) for rule in RULES[1:]}
 CLIPPED: dict[str, Any] = {"clipping config": lambda: NadamConfig(clip_norm=1.0, clip_global_norm=1.0).build()}
 EVERY_MAKER = pytest.mark.parametrize("make", (MAKERS | CLIPPED).values(), ids=MAKERS | CLIPPED)
