@@ -56,11 +56,10 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(images / 16, np.float32), np.asarray(labels, np.int32)
 
 
-def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
+def batch(step: int) -> list[np.ndarray]:
     """The images and labels of a step."""
-    images, labels = digits()
-    rows = np.random.default_rng(step).integers(len(images), size=BATCH_SIZE)
-    return images[rows], labels[rows]
+    rows = np.random.default_rng(step).integers(len(digits()[1]), size=BATCH_SIZE)
+    return [x[rows] for x in digits()]
 
 
 def loss(params: dict[str, dict[str, jax.Array]], images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -97,9 +96,5 @@ def run(folder: Path, parent: Connection, pause_at: int) -> None:
             manager.save(step, args=ocp.args.StandardSave(training))
         if pause_at < STEPS:
             parent.recv()
-    parent.send(("finished", as_bytes(training)))
-
-
-def as_bytes(training: Training) -> dict[str, bytes]:
-    """Every leaf of a training, by its name."""
-    return {jax.tree_util.keystr(path): x.tobytes() for path, x in jax.tree.leaves_with_path(jax.device_get(training))}
+    leaves = jax.tree.leaves_with_path(jax.device_get(training))
+    parent.send(("finished", {jax.tree_util.keystr(path): x.tobytes() for path, x in leaves}))
