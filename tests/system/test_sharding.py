@@ -1,4 +1,12 @@
-"""Over eight devices: how the state is sharded, what is communicated, and that the numbers do not change."""
+"""Over eight devices: how the state is sharded, what is communicated, and that the numbers do not change.
+
+- ``init`` shards the moments like the params, under jit too, with automatic and explicit axes (those of ``optax.nadam``
+  are on one device under jit); ``accumulate`` does so with the mean, which ``optax.MultiSteps`` has whole everywhere.
+- A step of sharded params sends nothing, keeps all shardings, and gives the bits of one device, every rule.
+- Narrow moments and remainders are sharded like the params, in any sharding, and give the same bits.
+- Moments split over replicas of the params (ZeRO-1): one all-gather a leaf, 1 byte of state a parameter a device, of 8.
+- ``shard_map`` with ``pmean`` takes the step of the whole batch.
+"""
 
 import contextlib
 import functools
@@ -13,7 +21,7 @@ import pytest
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_nadam import compensated, nadam, nadamw
+from optax_nadam import accumulate, compensated, nadam, nadamw
 from optax_nadam._rules import RULES
 
 COLLECTIVE = re.compile(r"= .*\b(all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
@@ -27,6 +35,7 @@ SPECS = {
 }
 set_mesh = getattr(jax, "set_mesh", None) or getattr(jax.sharding, "use_mesh")  # noqa: B009  # as before jax 0.7
 in_axes = pytest.mark.parametrize("axes", AXES)
+EVERYWHERE, SPLIT = PartitionSpec(), PartitionSpec("data")
 
 
 @contextlib.contextmanager
@@ -63,23 +72,43 @@ def collectives(compiled):
     return COLLECTIVE.findall(compiled.as_text())
 
 
-def assert_laid_out(tree, mesh):
-    for name, leaf in tree.items():
-        assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, SPECS[name]), leaf.ndim), (name, leaf.sharding)
+def assert_laid_out(mesh, *trees):
+    for tree in trees:
+        for name, leaf in tree.items():
+            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, SPECS[name]), leaf.ndim), (name, leaf.sharding)
 
 
 @in_axes
 @pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "complex64"])
-def test_moments_are_sharded_like_the_params_from_the_start(axes, compile, dtype):
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex64"])
+def test_moments(axes, compile, dtype):
+    """Sharded like the params from the start, and after a step."""
     with mesh_of(axes) as mesh:
-        state = compile(nadamw().init)(laid_out({name: np.ones((16, 24), dtype) for name in SPECS}, mesh))
-        assert_laid_out(state[0].m, mesh)
-        assert_laid_out(state[0].v, mesh)
+        tx, params = nadamw(), laid_out({name: np.ones((16, 24), dtype) for name in SPECS}, mesh)
+        state = compile(tx.init)(params)
+        updates, after = compile(tx.update)(params, state, params)
+        assert_laid_out(mesh, state[0].m, state[0].v, after[0].m, after[0].v, updates)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
 
 
 @in_axes
-def test_steps_need_no_collective_and_give_the_numbers_of_one_device(rng, axes):
+def test_accumulated_mean(axes):
+    """Sharded like the params from the start, and after a call."""
+    tx = accumulate(nadamw(), 2)
+    with mesh_of(axes) as mesh:
+        params = laid_out({name: np.ones((16, 24), np.float32) for name in SPECS}, mesh)
+        state = jax.jit(tx.init)(params)
+        compiled = jax.jit(tx.update).lower(params, state, params).compile()
+        assert collectives(compiled) == []
+        for _ in range(2):
+            assert_laid_out(mesh, state.acc_grads, *state.inner_opt_state[0][2:])
+            updates, state = compiled(params, state, params)
+        assert_laid_out(mesh, state.acc_grads, *state.inner_opt_state[0][2:], updates)
+    assert state.gradient_step == 1
+
+
+@in_axes
+def test_sharded_steps(rng, axes):
     """The steps of all rules, in one program."""
     optimizers = {name: nadamw(1e-2, rule=rule) for name, rule in RULES.items()}
     steps = {rule: make_step(tx) for rule, tx in optimizers.items()}
@@ -103,20 +132,19 @@ def test_steps_need_no_collective_and_give_the_numbers_of_one_device(rng, axes):
         for g in grads:
             runs = compiled(g, runs)
         for params, state in runs.values():
-            for tree in (params, state[0].m, state[0].v):
-                assert_laid_out(tree, mesh)
+            assert_laid_out(mesh, params, state[0].m, state[0].v)
     chex.assert_trees_all_equal(jax.device_get(runs), jax.device_get(alone))
 
 
-def test_moments_split_over_replicas_of_the_params_cost_one_gather_of_the_update(rng):
-    """ZeRO-1: each device stores an eighth of the moments and computes an eighth of the update."""
+def test_zero1(rng):
+    """Each device stores an eighth of the moments and computes an eighth of the update."""
     params = {"kernel": rng.standard_normal((64, 32)).astype(np.float32), "bias": np.zeros(32, np.float32)}
     grads = jax.tree.map(lambda p: rng.standard_normal(p.shape).astype(np.float32), params)
     alone = nadamw(1e-2)
     expected, _ = jax.jit(make_step(alone))(grads, alone.init(params), params)
 
     with mesh_of("automatic", (8,), ("data",)) as mesh:
-        whole, split = (NamedSharding(mesh, spec) for spec in (PartitionSpec(), PartitionSpec("data")))
+        whole, split = (NamedSharding(mesh, spec) for spec in (EVERYWHERE, SPLIT))
         tx = optax.chain(alone, optax.stateless(lambda u, _: jax.lax.with_sharding_constraint(u, whole)))
         arguments = (
             jax.device_put(grads, split),
@@ -131,15 +159,12 @@ def test_moments_split_over_replicas_of_the_params_cost_one_gather_of_the_update
     moments = optax.tree.get(state, "m"), optax.tree.get(state, "v")
     for tree, sharding in ((moments, split), (got, whole)):
         assert all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf in jax.tree.leaves(tree))
-    assert bytes_on_a_device(moments) == sum(leaf.size for leaf in params.values())  # 8 bytes each over 8 devices
-
-
-def bytes_on_a_device(tree):
-    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+    on_a_device = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(moments))
+    assert on_a_device == sum(leaf.size for leaf in params.values())  # 8 bytes each over 8 devices
 
 
 @pytest.mark.parametrize("mean_of", ["gradients", "loss"])
-def test_replicas_under_shard_map_take_the_step_of_the_mean_gradient(rng, mean_of):
+def test_shard_map(rng, mean_of):
     """Where tf.keras sums the gradients of its replicas, pmean takes their mean, or the gradient of the mean loss.
 
     JAX sums the gradients of params that all replicas share by itself where it checks what varies over them.
@@ -161,21 +186,15 @@ def test_replicas_under_shard_map_take_the_step_of_the_mean_gradient(rng, mean_o
     expected = jax.jit(train)(params, x, y)
     mean = functools.partial(jax.lax.pmean, axis_name="data")
     with mesh_of("automatic", (8,), ("data",)) as mesh:
-        everywhere, split = PartitionSpec(), PartitionSpec("data")
-        replicas = shard_map(
-            functools.partial(train, **{f"of_{mean_of}": mean}),
-            mesh=mesh,
-            in_specs=(everywhere, split, split),
-            out_specs=everywhere,
-            checked=mean_of == "loss",
-        )
+        each, specs = functools.partial(train, **{f"of_{mean_of}": mean}), (EVERYWHERE, SPLIT, SPLIT)
+        replicas = shard_map(each, mesh=mesh, in_specs=specs, out_specs=EVERYWHERE, checked=mean_of == "loss")
         got = jax.jit(replicas)(params, x, y)
     chex.assert_trees_all_close(jax.device_get(got), jax.device_get(expected), rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("m_dtype", [None, "int8"])
-def test_under_shard_map_each_device_may_step_a_state_of_its_own(rng, m_dtype):
-    """From one that all share, with gradients that differ: the state begins to vary over the devices in the step."""
+def test_own_states(rng, m_dtype):
+    """Under ``shard_map`` each device may step a state of its own, which begins to vary over them in the step."""
     tx, params = nadam(m_dtype=m_dtype, v_dtype=m_dtype), jnp.zeros((16, 64))
     grads = jnp.asarray(rng.standard_normal((8 * 16, 64)), jnp.float32)
 
@@ -183,40 +202,35 @@ def test_under_shard_map_each_device_may_step_a_state_of_its_own(rng, m_dtype):
         return tx.update(grads, tx.init(params), params)[0]
 
     with mesh_of("automatic", (8,), ("data",)) as mesh:
-        everywhere, split = PartitionSpec(), PartitionSpec("data")
-        steps = shard_map(step, mesh=mesh, in_specs=(everywhere, split), out_specs=split, checked=True)
+        steps = shard_map(step, mesh=mesh, in_specs=(EVERYWHERE, SPLIT), out_specs=SPLIT, checked=True)
         got = jax.jit(steps)(params, grads)
     expected = [step(params, own) for own in jnp.split(grads, 8)]
     np.testing.assert_allclose(got, np.concatenate(expected), rtol=1e-6)
 
 
 @pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
-def test_narrow_formats_are_sharded_like_the_params_and_give_the_same_bits(rng):
+def test_narrow_formats(rng):
     """Whichever axes are split, also those of rows: codes like the params, scales like the rows."""
-    tree = {name: rng.standard_normal((16, 64 * n)).astype(jnp.bfloat16) for n, name in enumerate(SPECS, start=1)}
+    specs = enumerate(("both", "columns", "one axis"), start=1)
+    tree = {name: rng.standard_normal((16, 64 * n)).astype(jnp.bfloat16) for n, name in specs}
     formats = {narrow: compensated(nadamw(1e-2, m_dtype=narrow, v_dtype=narrow)) for narrow in ("bfloat16", "int8")}
 
     def started(params):
-        return jax.jit(lambda params: {narrow: tx.init(params) for narrow, tx in formats.items()})(params)
+        return {narrow: tx.init(params) for narrow, tx in formats.items()}
 
     def stepped(params, states):
-        return jax.jit(
-            lambda params, states: {
-                narrow: make_step(tx)(params, states[narrow], params) for narrow, tx in formats.items()
-            }
-        )(params, states)
+        return {narrow: make_step(tx)(params, states[narrow], params) for narrow, tx in formats.items()}
 
     alone = jax.tree.map(jnp.asarray, tree)
-    expected = jax.device_get(stepped(alone, started(alone)))
+    expected = jax.device_get(jax.jit(stepped)(alone, jax.jit(started)(alone)))
     for axes in AXES:
         with mesh_of(axes) as mesh:
             split = laid_out(tree, mesh)
-            states = started(split)
-            got = stepped(split, states)
+            states = jax.jit(started)(split)
+            got = jax.jit(stepped)(split, states)
             for params, state in (*got.values(), *((split, state) for state in states.values())):
-                moments = state.inner_state[0].m, state.inner_state[0].v
-                for stored in (params, state.remainder, *moments):
-                    assert_laid_out({name: getattr(x, "codes", x) for name, x in stored.items()}, mesh)
+                stored = (params, state.remainder, state.inner_state[0].m, state.inner_state[0].v)
+                assert_laid_out(mesh, *({name: getattr(x, "codes", x) for name, x in part.items()} for part in stored))
             for state in (states["int8"], got["int8"][1]):
                 for name, x in state.inner_state[0].m.items():
                     rows = NamedSharding(mesh, PartitionSpec(*SPECS[name][:1]))
