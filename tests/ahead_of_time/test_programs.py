@@ -1,6 +1,14 @@
-"""What a step costs on TPUs and GPUs, read from the programs compiled for them."""
+"""What a step costs on TPUs and GPUs, read from the programs compiled for them.
 
-import functools
+- On 1, 16 and 256 TPUs, and 1, 8 and 256 GPUs: 28 bytes a parameter, one fusion a leaf, in place, nothing sent, no
+  temporary the size of a leaf; 22 bytes with bfloat16 params and gradients.
+- Narrow moments: 20 (bfloat16) or 22 (int8) bytes a parameter, 14 where all else is bfloat16, no kernel of their own.
+- Compensated weights move the bytes they store, in one pass: 16 bytes a parameter with 8-bit moments.
+- ZeRO-1 on 16 TPUs: one all-gather of the update; 17.25 bytes a parameter of the model.
+- Clipping and caution read 4 to 8 bytes a parameter more and copy nothing; a call that accumulates leaves the moments
+  alone.
+"""
+
 import math
 from typing import Any
 
@@ -43,56 +51,12 @@ EVERY_SHAPES = {"a large leaf": LARGE, "several leaves": SEVERAL}
 CHIPS = [(target, chips) for target, kind in TARGETS.items() for chips in kind.topologies]
 MANY = [(target, chips) for target, chips in CHIPS if chips > 1]
 EVERYWHERE = PartitionSpec()
-CASES = [
-    pytest.param(name, shapes, *on, id=f"{name}, {what}, {on[1]} on {on[0]}")
-    for name in OURS
-    for what, shapes in EVERY_SHAPES.items()
-    for on in CHIPS
-]
-every_case = pytest.mark.parametrize(("name", "shapes", "target", "chips"), CASES)
 every_mesh = pytest.mark.parametrize(("target", "chips"), CHIPS)
 many_chips = pytest.mark.parametrize(("target", "chips"), MANY)
 
 
 def size(shapes):
     return sum(map(math.prod, shapes.values()))
-
-
-@functools.cache
-def _compiled(name, leaves, target, chips):
-    return compiled_step(OURS[name], dict(leaves), mesh_of(target, chips))
-
-
-def compiled(name, shapes, target, chips):
-    return _compiled(name, tuple(shapes.items()), target, chips)
-
-
-@every_case
-def test_every_array_crosses_the_memory_bus_once(name, shapes, target, chips):
-    assert traffic(compiled(name, shapes, target, chips)) == 28 * size(shapes) // chips
-
-
-@pytest.mark.parametrize("chips", TARGETS["tpu"].topologies)
-@pytest.mark.parametrize("name", OURS)
-def test_xla_counts_the_same_bytes_and_some_scalars(name, chips):
-    accessed = compiled(name, LARGE, "tpu", chips).cost_analysis()["bytes accessed"]
-    assert 0 <= accessed - 28 * size(LARGE) // chips < SCALARS
-
-
-@every_case
-def test_one_fusion_a_leaf_and_no_collective(name, shapes, target, chips):
-    step = compiled(name, shapes, target, chips)
-    assert kernels(step) == {"fusion": len(shapes)}
-    assert not collectives(step)
-
-
-@every_case
-def test_no_temporary_of_an_array_and_every_array_updated_in_place(name, shapes, target, chips):
-    step = compiled(name, shapes, target, chips)
-    memory, results = step.memory_analysis(), len(jax.tree.leaves(step.output_shardings))
-    assert memory.temp_size_in_bytes <= len(shapes) * A_LEAF[target]
-    assert memory.alias_size_in_bytes >= 12 * size(shapes) // chips
-    assert in_place(step) == results - (name in WITHOUT_PRODUCT)
 
 
 def specs(tree):
@@ -103,17 +67,27 @@ def moments(state):
     return optax.tree.get(state, "m"), optax.tree.get(state, "v")
 
 
+@every_mesh
 @pytest.mark.parametrize("shapes", EVERY_SHAPES.values(), ids=EVERY_SHAPES)
-@many_chips
 @pytest.mark.parametrize("name", OURS)
-def test_params_and_moments_stay_split(name, target, chips, shapes):
-    params, state = compiled(name, shapes, target, chips).output_shardings
-    assert specs((params, *moments(state))) == {SPLIT}
+def test_one_pass(name, shapes, target, chips):
+    """Every array crosses the memory bus once, in one fusion a leaf, in place, and stays split."""
+    step = compiled_step(OURS[name], shapes, mesh_of(target, chips))
+    assert traffic(step) == 28 * size(shapes) // chips
+    assert kernels(step) == {"fusion": len(shapes)}
+    assert not collectives(step)
+    memory, (params, state) = step.memory_analysis(), step.output_shardings
+    assert memory.temp_size_in_bytes <= len(shapes) * A_LEAF[target]
+    assert memory.alias_size_in_bytes >= 12 * size(shapes) // chips
+    assert in_place(step) == len(jax.tree.leaves((params, state))) - (name in WITHOUT_PRODUCT)
+    assert chips == 1 or specs((params, *moments(state))) == {SPLIT}
+    if target == "tpu" and shapes is LARGE:  # where XLA counts the same and some scalars
+        assert 0 <= step.cost_analysis()["bytes accessed"] - 28 * size(LARGE) // chips < SCALARS
 
 
 @many_chips
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_jitted_init_makes_the_moments_where_the_params_are(dtype, target, chips):
+def test_jitted_init(dtype, target, chips):
     params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in SEVERAL.items()}
     init: Any = jax.jit(OURS["nadamw"].init).lower(laid_out(params, mesh_of(target, chips), SPLIT)).compile()
     assert specs(moments(init.output_shardings)) == {SPLIT}
@@ -122,7 +96,7 @@ def test_a_jitted_init_makes_the_moments_where_the_params_are(dtype, target, chi
 
 
 @every_mesh
-def test_bfloat16_params_and_gradients_with_float32_moments(target, chips):
+def test_bfloat16_params(target, chips):
     step = compiled_step(OURS["nadamw"], LARGE, mesh_of(target, chips), jnp.bfloat16)
     assert traffic(step) == 22 * size(LARGE) // chips
     assert kernels(step) == {"fusion": 1}
@@ -143,7 +117,7 @@ EXPECTED = {"bfloat16": {jnp.float32: 20, jnp.bfloat16: 14}, "int8": {jnp.float3
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @every_mesh
 @pytest.mark.parametrize("shapes", [LARGE, MATRICES], ids=["a large leaf", "two leaves"])
-def test_narrow_moments_need_no_kernel_of_their_own(target, chips, shapes, dtype, name):
+def test_narrow_moments(target, chips, shapes, dtype, name):
     """bfloat16: one pass. int8: one over the gradients and codes for the scales, one for everything else."""
     step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW[name]), shapes, mesh_of(target, chips), dtype)
     expected = EXPECTED[name][dtype]
@@ -155,7 +129,7 @@ def test_narrow_moments_need_no_kernel_of_their_own(target, chips, shapes, dtype
     assert step.memory_analysis().temp_size_in_bytes <= room(shapes, target, chips)
 
 
-def test_a_kernel_of_its_own_would_move_more_in_a_chain():
+def test_byte_kernel():
     """What the library's own leaf update costs as one kernel: less alone, more in a chain with others."""
     after = optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(1e-3)
     by_kernel, ours = (
@@ -169,7 +143,7 @@ def test_a_kernel_of_its_own_would_move_more_in_a_chain():
         compiled_step(byte_kernel.scale_by_kernel(), LARGE, mesh_of("tpu", 16))
 
 
-def test_a_row_of_bytes_over_several_chips_agrees_on_its_scales_and_nothing_else():
+def test_split_row_of_bytes():
     """A vector is one row: only the maxima of m and v are exchanged."""
     mesh = mesh_of("tpu", 16)
     step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW["int8"]), {"b": (8192,)}, mesh)
@@ -182,7 +156,7 @@ def test_a_row_of_bytes_over_several_chips_agrees_on_its_scales_and_nothing_else
 @every_mesh
 @pytest.mark.parametrize(("remainder", "more"), [("int8", 2), ("int16", 4), (None, 0)])
 @pytest.mark.parametrize(("moments", "expected"), [(None, 22), ("bfloat16", 14), ("int8", 14)])
-def test_compensated_weights_cost_the_bytes_they_store_and_no_more(remainder, more, moments, expected, target, chips):
+def test_compensated(remainder, more, moments, expected, target, chips):
     inner = optax_nadam.nadamw(1e-3, m_dtype=moments, v_dtype=moments)
     step = compiled_step(
         optax_nadam.compensated(inner, remainder_dtype=remainder), LARGE, mesh_of(target, chips), jnp.bfloat16
@@ -193,7 +167,7 @@ def test_compensated_weights_cost_the_bytes_they_store_and_no_more(remainder, mo
 
 
 @every_mesh
-def test_diagnostics_read_gradients_and_moments_once_more_and_send_sums(target, chips):
+def test_diagnostics(target, chips):
     tx, mesh = OURS["nadam, scheduled"], mesh_of(target, chips)
 
     def step(params, state, grads):
@@ -225,7 +199,7 @@ def test_diagnostics_read_gradients_and_moments_once_more_and_send_sums(target, 
     ],
 )
 @pytest.mark.parametrize("target", TARGETS)
-def test_options_read_what_they_need_once_more_and_store_nothing(target, option, most, least):
+def test_options(target, option, most, least):
     step = compiled_step(options.OPTIONS[option], LARGE, mesh_of(target, 1))
     assert traffic(step) / size(LARGE) == pytest.approx(most, abs=0.01)
     assert traffic(step, branch=min) / size(LARGE) == pytest.approx(least, abs=0.01)
@@ -233,7 +207,7 @@ def test_options_read_what_they_need_once_more_and_store_nothing(target, option,
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_the_leaves_of_gpt2_small_take_a_fusion_each(target):
+def test_gpt2_small(target):
     step = compiled_step(OURS["nadamw"], GPT2, mesh_of(target, 1))
     assert traffic(step) == 28 * size(GPT2)
     assert kernels(step) == {"fusion": 148}
@@ -248,34 +222,30 @@ def zero1(shapes):
     return compiled_step(gathered(OURS["nadam, scheduled"], mesh), shapes, mesh, params_spec=EVERYWHERE)
 
 
-def test_zero1_updates_the_shard_and_gathers_once():
+def test_zero1_moves():
+    """The shard is updated, the update gathered once, with one leaf of temporaries."""
     step, n = zero1(LARGE), size(LARGE)
     # The shard: g, m, v in and u, m, v out; then u gathered from all; then params and u in, params out. The shard of u
     # may stay on the chip between the first two.
     most = 24 * n // 16 + (4 * n // 16 + 4 * n) + 12 * n
     assert most - 2 * 4 * n // 16 <= traffic(step) <= most
     assert kernels(step) == {"fusion": 2, "all-gather": 1}
-
-
-def test_zero1_gathers_once_a_leaf_and_nothing_else_is_sent():
-    assert collectives(zero1(SEVERAL)) == {"all-gather": len(SEVERAL)}
-
-
-def test_zero1_keeps_the_moments_split_and_the_params_whole():
-    params, state = zero1(SEVERAL).output_shardings
-    assert specs(params) == {EVERYWHERE}
-    assert specs(moments(state)) == {SPLIT}
-
-
-def test_zero1_needs_one_leaf_of_temporaries():
-    step, n = zero1(LARGE), size(LARGE)
     memory = step.memory_analysis()
     assert memory.argument_size_in_bytes < 4 * n + 12 * n // 16 + 4096
     assert memory.temp_size_in_bytes < 4 * n + 2**16
     assert in_place(step) == len(jax.tree.leaves(step.output_shardings))
 
 
-def test_zero1_on_gpus_gathers_the_params_and_needs_no_update_of_a_whole_leaf():
+def test_zero1_sends():
+    """Each leaf is gathered once, nothing else is sent; the moments stay split and the params whole."""
+    step = zero1(SEVERAL)
+    assert collectives(step) == {"all-gather": len(SEVERAL)}
+    params, state = step.output_shardings
+    assert specs(params) == {EVERYWHERE}
+    assert specs(moments(state)) == {SPLIT}
+
+
+def test_zero1_on_gpus():
     """Where the results are pinned: the shard is stepped, 28 bytes an element, and the new params are gathered."""
     mesh, n = mesh_of("gpu", 8), size(LARGE)
     step = compiled_step(OURS["nadam, scheduled"], LARGE, mesh, params_spec=EVERYWHERE, pin=True)
