@@ -1,34 +1,30 @@
-"""The physics fit that is carried over from Keras 3: how far ours and Optax's Nadam come from the recorded weights."""
+"""The physics fit that is carried over from Keras 3: how far ours and Optax's Nadam come from the recorded weights.
 
-import importlib
+- Ours follows Keras within 5e-5 of the way over 20 steps (measured 1.8e-6); Optax's come away by more than a tenth.
+"""
+
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from optax_nadam import compat
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+
+@pytest.fixture
+def fit(example):
+    return example("carry_physics_fit")
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(EXAMPLES)
-    return importlib.import_module("carry_physics_fit")
-
-
-@pytest.fixture
-def recording(example):
-    return np.load(example.RECORDING)
+def recording(fit):
+    return np.load(fit.RECORDING)
 
 
 @pytest.mark.lenient("examples run with the promotion that users have")
-def test_only_ours_follows_keras(example, recording, monkeypatch, capsys, tmp_path):
+def test_ours_follows_keras(start, recording, capsys, tmp_path):
     picture = tmp_path / "fit.png"
-    monkeypatch.setattr(sys, "argv", ["carry_physics_fit.py", "--steps", "20", "--out", str(picture)])
-    steps, distances = example.main()
+    steps, distances = start("carry_physics_fit", "--steps", "20", "--out", str(picture))
     assert steps.tolist() == [1, 2, 3, 5, 7, 10, 14, 20]
     ours, *others, one_bit = distances.values()
     # A step ends with the rounding of each weight: there two runs can come apart by one unit in its last place. The
@@ -48,23 +44,22 @@ def test_only_ours_follows_keras(example, recording, monkeypatch, capsys, tmp_pa
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_more_steps_than_are_recorded_get_one_line(example, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["carry_physics_fit.py", "--steps", "501"])
+def test_too_many_steps(start, capsys):
     with pytest.raises(SystemExit):
-        example.main()
+        start("carry_physics_fit", "--steps", "501")
     line = "carry_physics_fit.py: argument --steps: must be at most 500, got 501 (see --help)\n"
     assert capsys.readouterr() == ("", line)
 
 
-def test_the_recorded_config_keeps_the_clip_of_each_variable(example, recording):
+def test_recorded_config(fit, recording):
     recorded = json.loads(str(recording["config"]))
     config = compat.keras.config_from(recorded)
-    assert (config.clip_norm, config.clip_global_norm, config.clip_value) == (example.CLIPNORM, None, None)
+    assert (config.clip_norm, config.clip_global_norm, config.clip_value) == (fit.CLIPNORM, None, None)
     assert compat.keras.config_to(config, dialect="keras") == recorded | {"name": "nadam"}
 
 
-def test_the_recording_is_small_and_of_these_steps(example, recording):
-    assert example.RECORDING.stat().st_size < 150_000
-    assert tuple(recording["steps"]) == example.STEPS
-    assert recording["weights"].shape == recording["one_bit"].shape == (len(example.STEPS), 763)
+def test_recording(fit, recording):
+    assert fit.RECORDING.stat().st_size < 150_000
+    assert tuple(recording["steps"]) == fit.STEPS
+    assert recording["weights"].shape == recording["one_bit"].shape == (len(fit.STEPS), 763)
     assert {recording[name].dtype for name in ("start", "weights", "one_bit")} == {np.dtype(np.float32)}
