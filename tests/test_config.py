@@ -89,6 +89,11 @@ def test_unknown_and_missing_names_are_rejected_by_name():
     del fields["b1"], fields["cautious"]
     with pytest.raises(ValueError, match=r"NadamConfig.*missing b1, cautious"):
         NadamConfig.from_dict(fields)
+    old = {
+        "warmup" if name == "momentum_schedule" else name: x for name, x in dataclasses.asdict(RULES["flux"]).items()
+    }
+    with pytest.raises(ValueError, match=r"Rule fields do not fit: missing momentum_schedule; unknown warmup"):
+        NadamConfig.from_dict(NadamConfig().to_dict() | {"rule": old})
 
 
 @pytest.mark.parametrize(
