@@ -27,7 +27,7 @@ TIMM = ["-m", "pip", "install", "-q", "--no-deps", "timm==1.0.31"]  # it asks fo
 ELSEWHERE = [*PYTEST, "-o", "addopts=--strict-markers --strict-config --import-mode=importlib -ra"]
 QUICK = ["-m", "benchmarks", "--quick"]
 # What the compilers for TPU and GPU change.
-COMPILED = ["ahead_of_time", "byte_kernel", "flashoptim", "host_memory", "memory_formats", "options", "scale_bound"]
+COMPILED = ["ahead_of_time", "flashoptim", "host_memory", "memory_formats", "options"]
 TASKS: dict[str, tuple[str, list[list[str]]]] = {
     "tests": ("test", [[*PYTEST, *SHARED]]),
     "example": ("examples", [["examples/train_digits.py"]]),

@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     aot.check_installed()
     aot.save_all_compiled(
         "host_memory",
-        "What does a step take with the optimizer state in host memory, on a {target}?",
+        "What does a step cost with the optimizer state in host memory, on a {target}?",
         COLUMNS,
         lambda target: (row(case, target) for case in cases(target)),
         NOTES,

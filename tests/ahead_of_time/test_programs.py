@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 import optax_nadam
-from benchmarks import byte_kernel, options
+from benchmarks import options
 from benchmarks.ahead_of_time import (
     GPT2,
     LARGE,
@@ -153,20 +153,6 @@ def test_narrow_moments_need_no_kernel_of_their_own(target, chips, shapes, dtype
     assert set(kernels(step)) <= OF_SCALES[target]
     assert not collectives(step)
     assert step.memory_analysis().temp_size_in_bytes <= room(shapes, target, chips)
-
-
-def test_a_kernel_of_its_own_would_move_more_in_a_chain():
-    """What the library's own leaf update costs as one kernel: less alone, more in a chain with others."""
-    after = optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(1e-3)
-    by_kernel, ours = (
-        compiled_step(optax.chain(nadam, *after), LARGE, mesh_of("tpu", 1))
-        for nadam in (byte_kernel.scale_by_kernel(), byte_kernel.OURS)
-    )
-    assert kernels(by_kernel)["tpu_custom_call"] == 1
-    assert 24 <= traffic(by_kernel) / size(LARGE) < 24.01
-    assert 22 <= traffic(ours) / size(LARGE) < 22.01
-    with pytest.raises(NotImplementedError, match="cannot be automatically partitioned"):
-        compiled_step(byte_kernel.scale_by_kernel(), LARGE, mesh_of("tpu", 16))
 
 
 def test_a_row_of_bytes_over_several_chips_agrees_on_its_scales_and_nothing_else():
