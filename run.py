@@ -60,20 +60,22 @@ def included(group: str, groups: dict[str, list[Any]]) -> Iterator[str]:
 
 
 def environment(folder: Path, group: str, constraints: Path) -> Path:
-    """The Python of a virtual environment with the package and a group in it, made where it is missing."""
+    """The Python of a virtual environment with a group and what it needs of the package, made where it is missing."""
     import tomllib  # not at the top: whoever runs this may have a Python without it
 
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    project = (ROOT / "pyproject.toml").read_text("utf-8")
-    wanted = hashlib.sha256(project.encode() + constraints.read_bytes()).hexdigest()[:16]
+    text = (ROOT / "pyproject.toml").read_bytes()
+    wanted = hashlib.sha256(text + constraints.read_bytes()).hexdigest()[:16]
     if not (folder / f"installed-{group}-{wanted}").exists():
         print(f"Setting up {folder} for {group} (once; a minute or two) ...", flush=True)
         if not any(folder.glob("installed-*")):
             venv.create(folder, with_pip=True)
-        groups = tomllib.loads(project)["dependency-groups"]  # pip reads these from 25.1 on; Python may bring an older
+        project = tomllib.loads(text.decode())
+        groups = project["dependency-groups"]  # pip reads these from 25.1 on; Python may bring an older
         names = list(included(group, groups))
         needed = [entry for name in names for entry in groups[name] if isinstance(entry, str)]
-        package = [] if group == "lint" else ["-e", str(ROOT)]
+        without = {"lint": [], "unit": project["project"]["dependencies"]}  # pytest finds the package where it is
+        package = without.get(group, ["-e", str(ROOT)])
         install = [str(python), "-m", "pip", "install", "-q", "--no-compile", "-c", str(constraints)]
         subprocess.run([*install, *package, *needed], check=True)
         if alone := groups.get(f"{group}-alone"):
