@@ -61,7 +61,7 @@ their first axis. In place: results that take the memory of a donated argument."
 TRAFFIC_QUESTION = "How much memory traffic has a step of FlashOptim's port to JAX, and of ours, on an H100?"
 TRAFFIC_COLUMNS = ["leaves", "gradients", "optimizer", "traffic a parameter", "temporaries"]
 TRAFFIC_NOTE = """\
-The whole step of AdamW on bfloat16 weights, compiled ahead of time and not run; needs the extra `aot`. Traffic is what
+The whole step of AdamW on bfloat16 weights, compiled ahead of time and not run; needs the group `aot`. Traffic is what
 passes between the chip and its memory, if every kernel reads its operands whole, in bytes a parameter; temporaries too.
 The kernel takes float32 gradients: bfloat16 ones are first written out as float32, 10 bytes in place of 2."""
 
@@ -314,7 +314,7 @@ def answer(rows: Rows) -> Answer:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Tries both everywhere, measures on this processor, and compiles for H100 where the extra ``aot`` is installed."""
+    """Tries both everywhere, measures on this processor, and compiles for H100 where the group ``aot`` is installed."""
     quick = is_quick(__doc__, "one case of gradients, twenty steps, small leaves", arguments)
     if importlib.util.find_spec("flashoptim_jax") is None:
         raise SystemExit("Left out: needs flashoptim-jax, pip install flashoptim-jax.")

@@ -35,7 +35,7 @@ XLA:CPU makes a kernel of each result, which together move 44 bytes a parameter,
 into it. So the mask of `cautious` and the squares of `clip_by_gradient_rms` are written out and read again: 4 bytes of
 temporaries."""
 COMPILED_NOTE = f"""\
-One leaf of 8192 x 8192, one chip, compiled ahead of time and not run; needs the extra `aot`. Traffic is what passes
+One leaf of 8192 x 8192, one chip, compiled ahead of time and not run; needs the group `aot`. Traffic is what passes
 between the chip and its memory, a gradient: where {GRADIENTS} are accumulated, the mean of {GRADIENTS} calls. The norm
 and the share of elements that agree each need one more reading, in a fusion of its own."""
 
@@ -132,7 +132,7 @@ def answer(rows: Rows) -> Answer:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compiles for TPU and GPU where the extra ``aot`` is installed, and measures this machine elsewhere."""
+    """Compiles for TPU and GPU where the group ``aot`` is installed, and measures this machine elsewhere."""
     quick = is_quick(__doc__, "small leaves, few steps", arguments)
     if aot.installed():
         aot.save_all_compiled(
