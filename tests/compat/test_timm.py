@@ -189,11 +189,7 @@ def test_no_decay_is_of_either_kind():
 def test_warnings_point_here():
     checkpoint = RECORDED.checkpoint("checkpoint")
     groups = checkpoint["param_groups"] = [{**group, "layer_id": 1} for group in checkpoint["param_groups"]]
-    for warns in (
-        lambda: ours.config_from(groups[0]),
-        lambda: ours.from_groups(groups, keep),
-        lambda: load(checkpoint),
-    ):
+    for warns in (lambda: ours.from_groups(groups, keep), lambda: load(checkpoint)):
         with pytest.warns(UserWarning, match="keys that are ignored: layer_id") as record:
             warns()
         assert {warning.filename for warning in record} == {__file__}

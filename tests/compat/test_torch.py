@@ -69,11 +69,8 @@ class Recording:
 
 RECORDED = Recording("torch")
 GROUP: dict[str, Any] = RECORDED.facts["cases"]["defaults"]["group"]
-KEYS = {
-    "1.10": {"lr", "betas", "eps", "weight_decay", "momentum_decay", "params"},
-    "1.13": {"lr", "betas", "eps", "weight_decay", "momentum_decay", "params", "foreach"},
-    "2.0": {"lr", "betas", "eps", "weight_decay", "momentum_decay", "params", "foreach", "differentiable"},
-}
+BARE = {"lr", "betas", "eps", "weight_decay", "momentum_decay", "params"}
+KEYS = {"1.10": BARE, "1.13": BARE | {"foreach"}, "2.0": BARE | {"foreach", "differentiable"}}
 
 
 def keep(arrays):
