@@ -30,8 +30,8 @@ README = f"""\
 
 {HOW} Run the commands from the root of the repository, with the package installed
 (`pip install -e . --group test`); each writes its result into `results/` and this table. `--quick` takes seconds and
-writes nothing. All tables, notes and pictures are on a [page of the site](../site/benchmarks.html), which `python run.py docs`
-makes from the results.
+writes nothing. All tables, notes and pictures are on a [page of the site](../site/benchmarks.html), which
+`python run.py docs` makes from the results.
 
 """
 PAGE = f"""\

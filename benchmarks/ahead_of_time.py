@@ -93,9 +93,9 @@ NO_TPU_HERE = {
 }
 NOTE = """\
 Compiled ahead of time, not run; needs the group `aot` (`pip install -e . --group aot`). A whole step: update, weight
-decay, learning rate, `apply_updates`; gradients given, params and state donated. All figures are of one chip. Arrays are one
-float32 leaf, the same in bfloat16, or the 148 float32 leaves of GPT-2 small. Params, gradients and moments are split
-over the chips. Under ZeRO-1 every chip has whole params, and bytes are per parameter of the whole model.
+decay, learning rate, `apply_updates`; gradients given, params and state donated. All figures are of one chip. Arrays
+are one float32 leaf, the same in bfloat16, or the 148 float32 leaves of GPT-2 small. Params, gradients and moments are
+split over the chips. Under ZeRO-1 every chip has whole params, and bytes are per parameter of the whole model.
 
 Traffic is what passes between the chip and its memory, read from the program. The minimum is 28 in float32 (read
 params, gradients and two moments; write params and moments) and 22 for bfloat16 params and gradients with float32
