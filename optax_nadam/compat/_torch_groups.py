@@ -115,11 +115,12 @@ def _partition(configs: list[NadamConfig], tags: Any, *, with_frozen: bool) -> o
     """The optimizer of leaves that are tagged with the number of their config, from 1."""
     kinds = [dataclasses.replace(config, weight_decay=0.0) for config in configs]
     distinct = list(dict.fromkeys(kinds))
-    optimizers = {str(index): _with_decays(kind, kinds, configs, tags) for index, kind in enumerate(distinct)}
+    optimizers = [_with_decays(kind, kinds, configs, tags) for kind in distinct]
     if len(optimizers) == 1 and not with_frozen:
-        return optimizers["0"]
+        return optimizers[0]
     labels = jax.tree.map(lambda tag: _FROZEN if tag == NO_TAG else str(distinct.index(kinds[tag - 1])), tags)
-    return optax.partition({**optimizers, _FROZEN: optax.set_to_zero()}, labels)
+    by_label: dict[Any, optax.GradientTransformation] = {str(i): tx for i, tx in enumerate(optimizers)}
+    return optax.partition(by_label | {_FROZEN: optax.set_to_zero()}, labels)
 
 
 def _with_decays(

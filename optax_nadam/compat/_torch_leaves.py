@@ -153,7 +153,8 @@ def select(name: str, tree: Any, like: Any) -> Any:
 def as_pairs(tree: Any) -> Any:
     """A tree like that of an optimizer state: a complex leaf is a pair of real ones."""
     identity = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
-    return optax.contrib.split_real_and_imaginary(identity).init(tree).inner_state
+    split: Any = optax.contrib.split_real_and_imaginary(identity).init(tree)
+    return split.inner_state
 
 
 def filled(tree: Any, number: float) -> Any:
