@@ -75,7 +75,6 @@ _RULES = {"keras": ("scheduled", "loss_scaled"), "tf_keras": ("scheduled",), "le
 _EVERYWHERE = {"learning_rate", "momentum_decay", "rule", "complex_as_real", *_NUMBERS, *_CLIPS}
 _ALSO = {"keras": {"weight_decay", "accumulate_steps"}, "tf_keras": {"weight_decay"}, "legacy": set[str]()}
 
-_OURS = "optax_nadam"
 _NO_EMA = "Average the params with optax.incremental_update, and pass use_ema=False."
 _NO_SCALE = "Scale the loss and divide the gradients by the same factor, and pass loss_scale_factor=None."
 _CLIPS_SLICES = (
@@ -341,9 +340,9 @@ def _learning_rate_from(learning_rate: Any, dialect: str) -> Any:
 def _fields(dialect: str, theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Our fields, but for the learning rate, of the arguments of a Keras 3 or tf_keras Nadam."""
     if theirs.get("use_ema"):
-        raise common.cannot_express(_OURS, "use_ema", theirs["use_ema"], _NO_EMA)
+        raise common.cannot_express("optax_nadam", "use_ema", theirs["use_ema"], _NO_EMA)
     if theirs.get("loss_scale_factor") is not None:
-        raise common.cannot_express(_OURS, "loss_scale_factor", theirs["loss_scale_factor"], _NO_SCALE)
+        raise common.cannot_express("optax_nadam", "loss_scale_factor", theirs["loss_scale_factor"], _NO_SCALE)
     steps = theirs.get("gradient_accumulation_steps") or None
     if steps is not None and steps < 2:
         raise ValueError(f"gradient_accumulation_steps must be at least 2, or None, got {steps!r}.")
