@@ -233,7 +233,6 @@ def _tensorflow(flat: Mapping[str, Any]) -> Stored:
         raise ValueError(_NO_GRAPH.format(name=numbered))
     renamed = _slots(_nodes(flat[_GRAPH])) if numbered else {}
     arrays = {renamed.get(name, name).removesuffix(_VALUE): as_numpy(x) for name, x in flat.items()}
-    arrays = {name: x for name, x in arrays.items() if x.dtype.kind not in "OSU"}  # without texts
     names, values = list(arrays), list(arrays.values())
     return Stored(values, names, weights=names, values=values, keys=names, config=_config(arrays))
 

@@ -17,6 +17,7 @@ import json
 import pathlib
 import re
 import sys
+import types
 import zipfile
 from typing import Any
 
@@ -619,6 +620,19 @@ def test_bad_archive(tmp_path):
         archive.writestr("config.json", "{}")
     with pytest.raises(ValueError, match=r"is no .keras file: it lacks metadata.json, model.weights.h5"):
         keras.load_state(fresh(), path, to_params)
+
+
+def test_config_in_a_file(monkeypatch, tmp_path):
+    """A ``.keras`` file stores the config, from which the product is computed that tf_keras does not store."""
+    arrays = {"optimizer/vars": {str(i): x for i, x in enumerate(LAYOUTS["tf_keras"][0])}}
+    h5py = types.SimpleNamespace(File=lambda *_: contextlib.nullcontext(arrays))
+    monkeypatch.setitem(sys.modules, "h5py", h5py)
+    with zipfile.ZipFile(tmp_path / "model.keras", "w") as archive:
+        archive.writestr("metadata.json", json.dumps({"keras_version": "2.15.0"}))
+        archive.writestr("config.json", json.dumps({"compile_config": {"optimizer": TF_KERAS | {"beta_1": 0.8}}}))
+        archive.writestr("model.weights.h5", b"")
+    with pytest.warns(UserWarning, match="computed from 7 steps, b1=0.8"):
+        keras.load_state(fresh(), tmp_path / "model.keras", to_params)
 
 
 def test_dump_loss_scaled():
