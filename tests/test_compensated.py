@@ -184,7 +184,7 @@ JUMPS = [(1, 1e-9), (1, 1.005e-9), (1, 1.21e-5), (1e-9, 1), (1, -1e-9), (0, -2.7
 @stored
 def test_steps_anywhere(kind):
     """Where adding in float32 misses the target, it misses by no more than a float32 rounding."""
-    start, end = np.float64(JUMPS).T
+    start, end = np.asarray(JUMPS, np.float64).T
     params, tx = jnp.asarray(start, jnp.bfloat16), compensated(optax.sgd(1.0), remainder_dtype=kind)
     narrow, state = stepped(tx, params, tx.init(params), params.astype(jnp.float32) - jnp.asarray(end, jnp.float32))
     for got, precision in ((master_params(state, narrow), 2.0 ** (-16 if kind == "int8" else -24)), (narrow, 2.0**-8)):
