@@ -111,8 +111,8 @@ def test_same_on_any_devices(rng, narrow):
 def test_nan_shows(narrow):
     """In updates and moments, in 8 bits in those of its whole row."""
     grads, where = np.ones((32, 64), np.float32), np.zeros((32, 64), bool)
-    for row, nan in enumerate(NANS):
-        grads[row, 5] = nan
+    grads[: len(NANS), 5] = NANS
+    for row in range(len(NANS)):
         where[row, slice(None) if narrow is NARROW["int8"] else 5] = True
     tx = scale_by_nadam(**narrow)
     updates, state = jax.jit(tx.update)(grads, tx.init(grads))
