@@ -1,7 +1,10 @@
 """Runs the tests, the example or the checks, or builds the site, in an environment that it makes itself.
 
+    python run.py unit        what tests a module or a docstring, in the smallest environment: unit tests/test_rules.py
     python run.py tests
     python run.py example
+    python run.py lint        format and lint, in seconds
+    python run.py checks      format, lint and types
     python run.py parity      beside Keras, TensorFlow, PyTorch and timm
     python run.py aot         compiled ahead of time for TPU and GPU; needs neither
     python run.py benchmarks  each in seconds, nothing written
@@ -18,40 +21,66 @@ import os
 import subprocess
 import sys
 import venv
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent
 PYTEST = ["-m", "pytest", "--fail-on-skip"]
 SHARED = ["-n", "2", "--dist", "worksteal"]  # over two processes; "-n 0" passed on takes that back
-TIMM = ["-m", "pip", "install", "-q", "--no-deps", "timm==1.0.31"]  # it asks for torchvision; its optimizers do not
 ELSEWHERE = [*PYTEST, "-o", "addopts=--strict-markers --strict-config --import-mode=importlib -ra"]
+UNIT = ["-m", "pytest", "-o", "testpaths=optax_nadam tests/test_*.py tests/compat"]
+RUFF = [["-m", "ruff", "format", "--check"], ["-m", "ruff", "check"]]
 QUICK = ["-m", "benchmarks", "--quick"]
 # What the compilers for TPU and GPU change.
-COMPILED = ["ahead_of_time", "byte_kernel", "flashoptim", "host_memory", "memory_formats", "options", "scale_bound"]
+COMPILED = ["ahead_of_time", "flashoptim", "host_memory", "memory_formats", "options"]
+# A task's group of dependencies, and what it runs.
 TASKS: dict[str, tuple[str, list[list[str]]]] = {
+    "unit": ("unit", [UNIT]),
     "tests": ("test", [[*PYTEST, *SHARED]]),
     "example": ("examples", [["examples/train_digits.py"]]),
-    "parity": ("parity", [TIMM, [*ELSEWHERE, *SHARED, "tests/parity"]]),
+    "lint": ("lint", RUFF),
+    "checks": ("dev", [*RUFF, ["-m", "mypy"]]),
+    "parity": ("parity", [[*ELSEWHERE, *SHARED, "tests/parity"]]),
     "aot": ("aot", [[*QUICK, *COMPILED], [*ELSEWHERE, *SHARED, "tests/ahead_of_time"]]),
     "benchmarks": ("test", [QUICK]),
     "release": ("release", [[*ELSEWHERE, "tests/release"]]),
     "long": ("test", [[*PYTEST, "-m", "long or property", "--hypothesis-profile=long"]]),
     "docs": ("docs", [["-m", "sphinx", "-E", "-W", "--keep-going", "-q", "-d", "build/doctrees", "docs", "site"]]),
-    "checks": ("dev", [["-m", "ruff", "format", "--check"], ["-m", "ruff", "check"], ["-m", "mypy"]]),
 }
 
 
-def environment(folder: Path, extra: str, constraints: Path) -> Path:
-    """The Python of a virtual environment with the package and an extra in it, made where it is missing."""
+def included(group: str, groups: dict[str, list[Any]]) -> Iterator[str]:
+    """The group and, one after another, those that it includes."""
+    yield group
+    for entry in groups[group]:
+        if isinstance(entry, dict):
+            yield from included(entry["include-group"], groups)
+
+
+def environment(folder: Path, group: str, constraints: Path) -> Path:
+    """The Python of a virtual environment with a group and what it needs of the package, made where it is missing."""
+    import tomllib  # not at the top: whoever runs this may have a Python without it
+
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    wanted = (ROOT / "pyproject.toml").read_bytes() + constraints.read_bytes()
-    stamp = folder / f"installed-{extra}-{hashlib.sha256(wanted).hexdigest()[:16]}"
-    if not stamp.exists():
-        print(f"Setting up {folder} (once; a minute or two) ...", flush=True)
-        venv.create(folder, with_pip=True)
-        install = ["-m", "pip", "install", "-q", "--no-compile", "-c", str(constraints), "-e", f"{ROOT}[{extra}]"]
-        subprocess.run([python, *install], check=True)
-        stamp.touch()
+    text = (ROOT / "pyproject.toml").read_bytes()
+    wanted = hashlib.sha256(text + constraints.read_bytes()).hexdigest()[:16]
+    if not (folder / f"installed-{group}-{wanted}").exists():
+        print(f"Setting up {folder} for {group} (once; a minute or two) ...", flush=True)
+        if not any(folder.glob("installed-*")):
+            venv.create(folder, with_pip=True)
+        project = tomllib.loads(text.decode())
+        groups = project["dependency-groups"]  # pip reads these from 25.1 on; Python may bring an older
+        names = list(included(group, groups))
+        needed = [entry for name in names for entry in groups[name] if isinstance(entry, str)]
+        without = {"lint": [], "unit": project["project"]["dependencies"]}  # pytest finds the package where it is
+        package = without.get(group, ["-e", str(ROOT)])
+        install = [str(python), "-m", "pip", "install", "-q", "--no-compile", "-c", str(constraints)]
+        subprocess.run([*install, *package, *needed], check=True)
+        if alone := groups.get(f"{group}-alone"):
+            subprocess.run([*install, "--no-deps", *alone], check=True)
+        for name in names:
+            (folder / f"installed-{name}-{wanted}").touch()
     return python
 
 
@@ -62,11 +91,12 @@ def main() -> int:
     parser.add_argument("--constraints", type=Path, default=ROOT / "constraints/newest.txt", help="versions to install")
     parser.add_argument("task", choices=TASKS)
     arguments, passed_on = parser.parse_known_args()
-    extra, commands = TASKS[arguments.task]
+    group, commands = TASKS[arguments.task]
     folder = arguments.venv.resolve()
-    if extra == "aot":  # compilers for what is not here stay out of the environment of everything else
+    if group == "aot":  # compilers for what is not here stay out of the environment of everything else
         folder = folder.with_name(f"{folder.name}-aot")
-    python = environment(folder, extra, arguments.constraints.resolve())
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # images of containers set it; each start would compile all of JAX
+    python = environment(folder, group, arguments.constraints.resolve())
     *before, last = commands
     codes = [subprocess.run([python, *command], cwd=ROOT).returncode for command in before]
     return max(*codes, subprocess.run([python, *last, *passed_on], cwd=ROOT).returncode, 0)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: arguments, interleaved timing, results written as JSON and as tables."""
+"""What the benchmarks share: arguments, interleaved timing, results as JSON and as Markdown."""
 
 import argparse
 import datetime
@@ -22,6 +22,24 @@ Rows = list[list[Any]]
 FIRST = ("step_time", "precision", "memory_formats", "memory_quality", "options", "tracing", "convergence")
 SHORT = 15  # rows of a table that is not folded
 PACKAGES = ("optax_nadam", "jax", "jaxlib", "optax", "numpy")
+HOW = """\
+One script per question. Rivals run in the same process on the same arrays, interleaved, after a warm-up; times are
+medians with quartiles."""
+README = f"""\
+# Benchmarks
+
+{HOW} Run the commands from the root of the repository, with the package installed
+(`pip install -e . --group test`); each writes its result into `results/` and this table. `--quick` takes seconds and
+writes nothing. All tables, notes and pictures are on a [page of the site](../site/benchmarks.html), which
+`python run.py docs` makes from the results.
+
+"""
+PAGE = f"""\
+# Benchmarks
+
+{HOW} The command under a table runs it again, from the root of the repository.
+
+"""
 
 
 def parser(description: str | None, quick: str) -> argparse.ArgumentParser:
@@ -37,7 +55,7 @@ def is_quick(description: str | None, quick: str, arguments: Sequence[str] | Non
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Seconds of each call, all calls taking turns; each must block until its result is there.
+    """Seconds of each call, interleaved; a call must block until its result is ready.
 
     The order is shuffled in each round, so that what a call leaves in caches and in the allocator does not always
     affect the same other one.
@@ -91,7 +109,7 @@ def save(
     packages: tuple[str, ...] = (),
     quick: bool = False,
 ) -> None:
-    """Writes a result with its machine, versions and date, prints it, and rewrites the tables; quick, only prints it.
+    """Writes a result with its machine, versions and date, prints it, and rewrites README.md; quick, only prints it.
 
     A result that is not about this machine names its own backend, hardware and further packages. The answer is read
     from the rows; a picture is shown before the table, which then is folded.
@@ -107,7 +125,7 @@ def save(
         "columns": columns,
         "rows": rows,
         "note": note,
-        "picture": picture and f"../{picture.relative_to(RESULTS.parents[1])}",
+        "picture": picture and f"img/{picture.name}",
     }
     if quick:
         print(table(result), flush=True)
@@ -117,7 +135,7 @@ def save(
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{name}-{backend or jax.default_backend()}.json"
         path.write_text(json.dumps(result, indent=1) + "\n")
-        write_tables()
+        (RESULTS.parent / "README.md").write_text(readme())
 
 
 def version(package: str) -> str:
@@ -163,33 +181,28 @@ def section(result: dict[str, Any]) -> str:
 
 
 def anchor(heading: str) -> str:
-    """The anchor that GitHub gives a heading."""
+    """The anchor of a heading, on the site as on GitHub."""
     return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
-def _place(name: str) -> int:
-    """Of a result on the page: what most readers ask comes first."""
-    return next((place for place, first in enumerate(FIRST) if name.startswith(f"{first}-")), len(FIRST))
+def results() -> list[dict[str, Any]]:
+    """All results, each with the name of its file; first what most readers ask."""
+
+    def place(path: Path) -> tuple[int, str]:
+        return next((k for k, name in enumerate(FIRST) if path.name.startswith(f"{name}-")), len(FIRST)), path.name
+
+    return [{"file": path.name, **json.loads(path.read_text())} for path in sorted(RESULTS.glob("*.json"), key=place)]
 
 
-def write_tables() -> None:
-    """README.md of this folder, from the results."""
-    (Path(__file__).parent / "README.md").write_text(page())
+def readme() -> str:
+    """README.md of this folder: the questions and their answers."""
+    rows = [[f"[{x['question']}](results/{x['file']})", *x["answer"].values(), f"`{x['command']}`"] for x in results()]
+    return README + table({"columns": ["question", "answer", "ratio", "command"], "rows": rows}) + "\n"
 
 
 def page() -> str:
-    """All results in Markdown."""
-    paths = sorted(RESULTS.glob("*.json"), key=lambda path: (_place(path.name), path.name))
-    results = [json.loads(path.read_text()) for path in paths]
-    head = (
-        "# Benchmarks\n\n"
-        "One script per question. Rivals take turns in one run, on the same arrays, after a warm-up; times are\n"
-        "medians with quartiles. The scripts write this page from `results/`. Run one with the command under its\n"
-        'table, from the root of the repository, with the package installed (`pip install -e ".[test]"`).\n'
-    )
-    first = [
-        [f"[{result['question']}](#{anchor(result['question'])})", *(result["answer"][x] for x in Answer._fields)]
-        for result in results
-    ]
-    answers = table({"columns": ["question", "answer", "ratio"], "rows": first}) + "\n"
-    return "\n".join([head, answers, *map(section, results)])
+    """The page of the site: the answers, and all tables with what is to be known of them."""
+    found = results()
+    rows = [[f"[{x['question']}](#{anchor(x['question'])})", *x["answer"].values()] for x in found]
+    answers = table({"columns": ["question", "answer", "ratio"], "rows": rows})
+    return "\n".join([f"{PAGE}{answers}\n", *map(section, found)])

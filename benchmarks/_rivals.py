@@ -88,7 +88,7 @@ class Rival:
     bytes: int = STEP_BYTES
 
     def left_out(self) -> str | None:
-        """Why it cannot take part, or None: its framework must be installed, on the kind of device that jax is on."""
+        """Why it is left out, or None: its framework must be installed, on the kind of device that jax is on."""
         missing = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if missing:
             return f"{' and '.join(missing)} not installed"

@@ -1,4 +1,4 @@
-"""What does a step compile to on TPU and GPU? Needs neither, only the compilers of the extra ``aot``."""
+"""What does a step compile to on TPU and GPU? Needs neither, only the compilers of the group ``aot``."""
 
 import collections
 import functools
@@ -92,10 +92,10 @@ NO_TPU_HERE = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or a second process that compiles at the same time fails
 }
 NOTE = """\
-Compiled ahead of time, not run; needs the extra `aot` (`pip install -e ".[aot]"`). A whole step: update, weight decay,
-learning rate, `apply_updates`; gradients given, params and state donated. All figures are of one chip. Arrays are one
-float32 leaf, the same in bfloat16, or the 148 float32 leaves of GPT-2 small. Params, gradients and moments are split
-over the chips. Under ZeRO-1 every chip has whole params, and bytes are per parameter of the whole model.
+Compiled ahead of time, not run; needs the group `aot` (`pip install -e . --group aot`). A whole step: update, weight
+decay, learning rate, `apply_updates`; gradients given, params and state donated. All figures are of one chip. Arrays
+are one float32 leaf, the same in bfloat16, or the 148 float32 leaves of GPT-2 small. Params, gradients and moments are
+split over the chips. Under ZeRO-1 every chip has whole params, and bytes are per parameter of the whole model.
 
 Traffic is what passes between the chip and its memory, read from the program. The minimum is 28 in float32 (read
 params, gradients and two moments; write params and moments) and 22 for bfloat16 params and gradients with float32
@@ -132,14 +132,14 @@ def mesh_of(target: str, chips: int) -> Mesh:
 
 
 def installed() -> bool:
-    """Whether the compilers for all targets are installed, as with the extra ``aot``; a machine with chips has one."""
+    """Whether the compilers for all targets are installed, as with the group ``aot``; a machine with chips has one."""
     return all(importlib.util.find_spec(target.package.replace("-", "_")) for target in TARGETS.values())
 
 
 def check_installed() -> None:
     """Ends a script that can do nothing without the compilers."""
     if not installed():
-        raise SystemExit('Left out: needs the compilers for TPU and GPU, pip install -e ".[aot]".')
+        raise SystemExit("Left out: needs the compilers for TPU and GPU, pip install -e . --group aot.")
 
 
 def laid_out(tree: Any, mesh: Mesh, spec: PartitionSpec) -> Any:

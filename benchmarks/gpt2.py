@@ -48,8 +48,8 @@ The text is that of {files:,} files with a suffix of {suffixes} in Python's own 
 and {tokens:,} tokens, SHA-256 {digest}; one file of {held_out} is held out. A token is a frequent word or sign, or a
 byte. Train loss is the mean over the last tenth of the batches, in nats. It is of one seed: a difference of a percent,
 to either side, may be chance. Memory of the program: arguments, temporaries and results of the compiled steps, weights
-and activations included. Peak of the device is the largest so far, as the backend tells it; formats run in the order of
-their size, the text is counted."""
+and activations included. Peak of the device is the largest so far, as the backend reports it; formats run in
+the order of their size, the text is counted."""
 
 Maker = Callable[[optax.Schedule], Any]
 

@@ -21,7 +21,7 @@ Step = Callable[[Any, Any, Any], tuple[Any, Any]]
 COLUMNS = ["moments", "weights and gradients", "arrays", "chips", "state moves", "to the chip", "to the host"]
 COLUMNS += ["traffic", "temporaries", "temporaries, GB"]
 NOTE = """\
-Compiled ahead of time, not run; needs the extra `aot`. All but the last column are bytes a parameter, of one chip. The
+Compiled ahead of time, not run; needs the group `aot`. All but the last column are bytes a parameter, of one chip. The
 whole step of `nadamw`: the program copies the state from host memory (`pinned_host`) and copies the new one back;
 params and state are donated. Traffic is what passes between the chip and its memory, these copies included.
 Temporaries are what the chip needs beside params and gradients. The state moves whole, by one `device_put`, or leaf by
@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     aot.check_installed()
     aot.save_all_compiled(
         "host_memory",
-        "What does a step take with the optimizer state in host memory, on a {target}?",
+        "What does a step cost with the optimizer state in host memory, on a {target}?",
         COLUMNS,
         lambda target: (row(case, target) for case in cases(target)),
         NOTES,

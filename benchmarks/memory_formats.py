@@ -74,11 +74,11 @@ ON_DEVICE = f"""\
 Timed are {LOOP} steps as one program, since the host takes longer to start a step of so many arrays than the device to
 take it; the time is that of one. Temporaries, and bytes where XLA counts them, are of a single step."""
 COMPILED_NOTE = """\
-One leaf of 8192 x 8192, one chip, the whole step of `nadamw`, compiled ahead of time and not run; needs the extra
+One leaf of 8192 x 8192, one chip, the whole step of `nadamw`, compiled ahead of time and not run; needs the group
 `aot`. Traffic is what passes between the chip and its memory: 6 bytes for bfloat16 weights and gradients, 12 for
 float32, and the moments. The scales of int8 moments need one more read of gradients and codes, 6 bytes, or 4 with
 bfloat16; fusions that work on the scales alone are counted too. A custom kernel, in place of XLA's fusions, would move
-12 bytes, and 12 more for the transformations after it, which XLA cannot fuse with it: 24 (`byte_kernel`)."""
+24 bytes in a chain ([decision](decisions.md#a-custom-kernel-for-8-bit-moments))."""
 
 
 def arrays(shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> list[jax.Array]:
@@ -161,7 +161,7 @@ def answer(rows: Rows) -> Answer:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compiles for TPU and GPU where the extra ``aot`` is installed, and measures this machine elsewhere."""
+    """Compiles for TPU and GPU where the group ``aot`` is installed, and measures this machine elsewhere."""
     quick = is_quick(__doc__, "small leaves, few steps", arguments)
     if aot.installed():
         aot.save_all_compiled(

@@ -37,11 +37,12 @@ NOTE = """\
 Each seed has its own weights and order of batches, the same in every format. Losses are medians with quartiles, in
 nats, on fixed data, with the weights of `master_params` where they are compensated. Over float32: the mean ratio to
 float32 of the same seed, with its standard error; the median and the largest ratio. The second row is the same formula
-with other rounding errors, the third shows the effect of the order of batches. Once two runs differ at all, they end
-apart by a random amount, whatever made them differ. So one seed cannot show a difference of a thousandth, and the mean
-shows it to within its standard error. Unstable: the number of seeds whose final loss is over 1.5 times that in float32,
-or whose loss of batches, over any fiftieth of the run after the warm-up, is over 1.5 times that of every seed in
-float32, or not finite. All rows follow the rule of `optax.nadam`: `rule="constant"`, `eps=1e-8`.
+with other rounding errors, the third shows the effect of the order of batches. Any difference
+in rounding grows in the course of a run, so two runs end with losses that differ by a random amount. One seed cannot
+show a difference of a thousandth; the mean shows it to within its standard error. Unstable: the number of seeds whose
+final loss is over 1.5 times that in float32, or whose loss of batches, over any fiftieth of the run after the warm-up,
+is over 1.5 times that of every seed in float32, or not finite. All rows follow the rule of `optax.nadam`:
+`rule="constant"`, `eps=1e-8`.
 
 The language model is a transformer over bytes, of two layers and width 64 with GELU. It is trained on nine tenths of
 the help texts of Python {python} (`pydoc_data.topics`); the rest is held out. The digits are those of

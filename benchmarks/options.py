@@ -1,4 +1,4 @@
-"""What do clipping, caution and accumulation add to a step?"""
+"""What do clipping, cautious updates and gradient accumulation add to a step?"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +31,11 @@ gives {GRADIENTS} gradients, and all figures are of one of them. The norm is so 
 accessed are XLA's own count; it adds up both branches of accumulation, of which three calls in four take the cheap one.
 """
 ON_CPU = """
-XLA:CPU makes a kernel of each result, which together move 44 bytes a parameter, and does not compute the operands of a
-sum within the sum. So the mask of `cautious` and the squares of `clip_by_gradient_rms` are written out and read again: 4
-bytes of temporaries."""
+XLA:CPU makes a kernel of each result, which together move 44 bytes a parameter, and does not fuse the operands of a sum
+into it. So the mask of `cautious` and the squares of `clip_by_gradient_rms` are written out and read again: 4 bytes of
+temporaries."""
 COMPILED_NOTE = f"""\
-One leaf of 8192 x 8192, one chip, compiled ahead of time and not run; needs the extra `aot`. Traffic is what passes
+One leaf of 8192 x 8192, one chip, compiled ahead of time and not run; needs the group `aot`. Traffic is what passes
 between the chip and its memory, a gradient: where {GRADIENTS} are accumulated, the mean of {GRADIENTS} calls. The norm
 and the share of elements that agree each need one more reading, in a fusion of its own."""
 
@@ -132,12 +132,12 @@ def answer(rows: Rows) -> Answer:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compiles for TPU and GPU where the extra ``aot`` is installed, and measures this machine elsewhere."""
+    """Compiles for TPU and GPU where the group ``aot`` is installed, and measures this machine elsewhere."""
     quick = is_quick(__doc__, "small leaves, few steps", arguments)
     if aot.installed():
         aot.save_all_compiled(
             "options",
-            "What do clipping, caution and accumulation add to a step on a {target}?",
+            "What do clipping, cautious updates and gradient accumulation add to a step on a {target}?",
             ["option", "traffic a parameter", "temporaries a parameter, bytes"],
             compiled_for,
             COMPILED_NOTE,
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     number, rows, columns = (40, 1024, 1024) if cpu else (10, 4096, 8192)
     save(
         "options",
-        "What do clipping, caution and accumulation add to a step?",
+        "What do clipping, cautious updates and gradient accumulation add to a step?",
         ["option", "a gradient", "over none", "bytes accessed a parameter", "temporaries a parameter, bytes"],
         list(measured([(64, 64), (64,)], repeats=3) if quick else measured(number * [(rows, columns)], repeats=11)),
         NOTE.format(leaves=f"{number} of {rows} x {columns}") + (ON_CPU if cpu else ""),

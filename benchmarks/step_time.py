@@ -52,8 +52,8 @@ than the host needs to start it, the time is the host's. In a loop, {LOOP} steps
 device's.
 
 Ours is `{OURS}`; a time over ours is the median, with quartiles, of the ratios within a round. Memory
-does not hold all at once, so they take turns in groups, and the memory is freed after each; ours and `optax.nadam` are
-in every group, and a ratio to ours is within a group.
+does not hold all at once, so the rivals are interleaved in groups, and memory is freed after each group. Ours and
+`optax.nadam` are in every group, and a ratio to ours is within a group.
 
 Bytes a parameter are the least that a step moves: read param, gradient and two moments, write all but the gradient. On
 a processor XLA makes three kernels a leaf, which move 44. GB/s is the former over the time. The copies are of one array
@@ -130,7 +130,7 @@ def check(rivals: Iterable[Rival]) -> None:
 
 
 def grouped(rivals: Sequence[Rival], size: int, room: int) -> list[list[Rival]]:
-    """The first two with as many of the others as there is room for, until all had their turn."""
+    """The first two with as many of the others as there is room for, until each is in a group."""
     anchors, others = rivals[:2], rivals[2:]
     number = max(1, room // (12 * size) - len(anchors))
     return [[*anchors, *others[i : i + number]] for i in range(0, len(others), number)]
@@ -158,7 +158,7 @@ def calls_that_fill(run: Run, seconds: float) -> int:
 
 
 def measured(rivals: Iterable[Rival], shapes: Shapes, repeats: int) -> Seconds:
-    """Seconds a step of rivals that take turns."""
+    """Seconds a step of interleaved rivals."""
     problem = Problem.of(shapes)
     runs = {one.name: one.start(problem) for one in rivals}
     calls = {name: calls_that_fill(run, FILLED) for name, run in runs.items()}
@@ -171,9 +171,9 @@ class Outcome:
     """What was measured on one set of leaves.
 
     Attributes:
-      rivals: who took part.
+      rivals: those that were measured.
       size: number of parameters.
-      groups: seconds a step, by name, of each group that took turns.
+      groups: seconds a step, by name, of each group that was interleaved.
     """
 
     rivals: list[Rival]
@@ -275,7 +275,7 @@ def interval(found: list[float]) -> tuple[float, float]:
 
 
 def absences(rivals: Iterable[Rival]) -> list[str]:
-    """Who cannot take part, and why."""
+    """The rivals that are left out, and why."""
     return [f"- Left out: {one.name}: {reason}." for one in rivals if (reason := one.left_out())]
 
 

@@ -97,7 +97,7 @@ def eager(step: Step, arguments: tuple[Any, ...]) -> Calls:
 
 
 def timed(what: str, number: int, make_calls: Callable[..., Calls], repeats: int) -> dict[str, Times]:
-    """Seconds of calls of a step, ours and Optax's in turns."""
+    """Seconds of calls of a step, ours and Optax's interleaved."""
     params = leaves(number)
     pair = [make_calls(step, (params, tx.init(params), params)) for tx, step in steps(what)]
     turns = {whose + measure: call for whose, calls in zip(WHOSE, pair, strict=True) for measure, call in calls.items()}

@@ -4,9 +4,12 @@ import ast
 import importlib.metadata
 import inspect
 import textwrap
+from pathlib import Path
 from typing import Any
 
 from sphinx.application import Sphinx
+
+from benchmarks import _report
 
 project = "optax_nadam"
 copyright = "the optax_nadam authors"
@@ -56,6 +59,12 @@ def signature_as_written(app: Sphinx, what: str, name: str, obj: Any, *_: Any) -
     return f"({ast.unparse(definition.args)})", ast.unparse(definition.returns)
 
 
+def write_benchmarks(app: Sphinx) -> None:
+    """The page of benchmarks, from their results; git ignores it."""
+    Path(app.srcdir, "benchmarks.md").write_text(_report.page())
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("builder-inited", write_benchmarks)
     app.connect("autodoc-process-signature", signature_as_written)

@@ -16,7 +16,9 @@ def main() -> tuple[dict[str, float], list[float]]:
     """Trains; returns the largest change of a weight of each layer in the first step, and the losses."""
     chosen = arguments(__doc__, steps=300)
     batches, params = digits_in_batches(chosen.steps, chosen.seed), initial_params(chosen.seed)
-    optimizers: dict[Any, optax.GradientTransformation] = {layer: optax_nadam.nadam(learning_rate) for layer, learning_rate in LEARNING_RATES.items()}
+    optimizers: dict[Any, optax.GradientTransformation] = {
+        layer: optax_nadam.nadam(learning_rate) for layer, learning_rate in LEARNING_RATES.items()
+    }
     tx = optax.partition(optimizers, {layer: layer for layer in params})
     step = make_step(tx)
     first, _, _ = step(params, tx.init(params), *batches[0])

@@ -214,10 +214,19 @@ class NadamConfig:
           ValueError: a field is missing or unknown, named in the text; or as the class.
           TypeError: as the class.
         """
-        validation.check_names("NadamConfig", fields, [entry.name for entry in dataclasses.fields(cls)])
-        records: dict[str, Callable[..., Any]] = {"learning_rate": ScheduleConfig, "rule": Rule}
-        nested = {name: kind(**fields[name]) for name, kind in records.items() if isinstance(fields[name], Mapping)}
-        return cls(**{**fields, **nested})
+        records: dict[str, Any] = {"learning_rate": ScheduleConfig, "rule": Rule}
+        nested = {
+            name: _from_fields(kind, fields[name])
+            for name, kind in records.items()
+            if isinstance(fields.get(name), Mapping)
+        }
+        return _from_fields(cls, {**fields, **nested})
+
+
+def _from_fields(kind: Any, fields: Mapping[str, Any]) -> Any:
+    """A dataclass from all of its fields by name."""
+    validation.check_names(kind.__name__, fields, [entry.name for entry in dataclasses.fields(kind)])
+    return kind(**fields)
 
 
 def build_with_masks(

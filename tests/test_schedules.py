@@ -1,17 +1,20 @@
-"""Schedules as data: their values by the formulas, and their errors."""
+"""Schedules as data.
+
+- Values follow the formulas, within 1e-5, for every name and argument; unknown ones are refused.
+"""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
-from jax import numpy as jnp
 
 from optax_nadam import ScheduleConfig
 
 pytestmark = pytest.mark.lenient("Optax's schedules mix dtypes")
-COUNTS = np.arange(0, 60)
+COUNTS = np.arange(60)
 
 
 def half_cosine(done):
@@ -25,23 +28,12 @@ def restarted(count, t_mul, m_mul):
     return height * half_cosine((count - start) / length)
 
 
+DECAY: dict[str, Any] = {"initial_learning_rate": 0.5, "decay_steps": 7, "decay_rate": 0.8}
 CASES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
-    "exponential_decay": (
-        {"initial_learning_rate": 0.5, "decay_steps": 7, "decay_rate": 0.8},
-        lambda t: 0.5 * 0.8 ** (t / 7),
-    ),
-    "exponential_decay, staircase": (
-        {"initial_learning_rate": 0.5, "decay_steps": 7, "decay_rate": 0.8, "staircase": True},
-        lambda t: 0.5 * 0.8 ** (t // 7),
-    ),
-    "inverse_time_decay": (
-        {"initial_learning_rate": 0.5, "decay_steps": 7, "decay_rate": 0.8},
-        lambda t: 0.5 / (1 + 0.8 * t / 7),
-    ),
-    "inverse_time_decay, staircase": (
-        {"initial_learning_rate": 0.5, "decay_steps": 7, "decay_rate": 0.8, "staircase": True},
-        lambda t: 0.5 / (1 + 0.8 * (t // 7)),
-    ),
+    "exponential_decay": (DECAY, lambda t: 0.5 * 0.8 ** (t / 7)),
+    "exponential_decay, staircase": (DECAY | {"staircase": True}, lambda t: 0.5 * 0.8 ** (t // 7)),
+    "inverse_time_decay": (DECAY, lambda t: 0.5 / (1 + 0.8 * t / 7)),
+    "inverse_time_decay, staircase": (DECAY | {"staircase": True}, lambda t: 0.5 / (1 + 0.8 * (t // 7))),
     "polynomial_decay": (
         {"initial_learning_rate": 0.5, "decay_steps": 20, "end_learning_rate": 0.1, "power": 2.0},
         lambda t: 0.1 + 0.4 * (1 - min(t, 20) / 20) ** 2,
@@ -74,23 +66,23 @@ CASES: dict[str, tuple[dict[str, Any], Callable[[int], float]]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_values_follow_the_formula(case):
+def test_values_by_formula(case):
+    """A config is a schedule itself, and builds one."""
     arguments, formula = CASES[case]
-    schedule = ScheduleConfig(case.split(",")[0], arguments).build()
-    got = [float(schedule(jnp.int32(t))) for t in COUNTS]
-    np.testing.assert_allclose(got, [formula(int(t)) for t in COUNTS], rtol=1e-5, atol=2e-7)
+    config = ScheduleConfig(case.split(",")[0], arguments)
+    expected = [formula(int(t)) for t in COUNTS]
+    for schedule in (config, config.build()):
+        np.testing.assert_allclose(jax.vmap(schedule)(COUNTS), expected, rtol=1e-5, atol=2e-7)
 
 
-def test_unknown_schedules_and_arguments_are_rejected():
-    with pytest.raises(ValueError, match=r"name of a schedule must be one of 'exponential_decay'.*got 'linear'"):
-        ScheduleConfig("linear", {})
-    with pytest.raises(ValueError, match=r"schedule 'cosine_decay' got arguments that do not fit.*decay_steps"):
-        ScheduleConfig("cosine_decay", {"initial_learning_rate": 0.1})
-    with pytest.raises(ValueError, match=r"schedule 'cosine_decay'.*rate"):
-        ScheduleConfig("cosine_decay", {"initial_learning_rate": 0.1, "decay_steps": 10, "rate": 1.0})
-
-
-def test_a_config_is_a_schedule_itself():
-    config = ScheduleConfig("exponential_decay", {"initial_learning_rate": 0.1, "decay_steps": 5, "decay_rate": 0.5})
-    for count in (0, 5, 12):
-        np.testing.assert_array_equal(config(count), config.build()(count))
+@pytest.mark.parametrize(
+    ("name", "arguments", "text"),
+    [
+        ("linear", {}, r"name of a schedule must be one of 'exponential_decay'.*got 'linear'"),
+        ("cosine_decay", {"decay_steps": 1}, r"schedule 'cosine_decay' got arguments that do not fit.*initial_lea"),
+        ("exponential_decay", DECAY | {"rate": 1.0}, r"schedule 'exponential_decay'.*rate"),
+    ],
+)
+def test_unknown_arguments(name, arguments, text):
+    with pytest.raises(ValueError, match=text):
+        ScheduleConfig(name, arguments)

@@ -1,18 +1,18 @@
-"""From torch's parameters to the leaves of the params and back, by the functions that the user has for the weights."""
+"""Parameters of torch and leaves of the params, matched by the functions that the user has for the weights."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import optax
-from jax import numpy as jnp
 
 from optax_nadam import _validation as validation
 from optax_nadam._quantized import is_quantized
 from optax_nadam._tree import is_masked, is_pair
-
-Label = str | int
+from optax_nadam.compat._torch_read import Label, Parameter, Source, listed
 
 _UNNAMED = (
     "to_params got a list of {count} arrays in the optimizer's order, since the checkpoint does not name its"
@@ -37,32 +37,56 @@ _CHANGED = (
     "the function between weights and params must rearrange numbers only (transpose, reshape, concatenate, pad with"
     " zeros, convert), since moments go through it too, but it made {got} of {known}."
 )
+_NO_NADAM = (
+    "no Nadam in opt_state has {leaf}, so that its shape is not there. Pass params, the tree that"
+    " the optimizer updates."
+)
+NO_TAG = -1  # of what no Nadam has
 _LARGEST_TAG = 256  # the last whole number that bfloat16 has, and all before it
 
 
-class Placeholder:
-    """Stands for an array of unknown shape: what transposes or reshapes an array returns the placeholder itself."""
+@dataclasses.dataclass(frozen=True)
+class Matched:
+    """A checkpoint in trees like the params, each made by ``to_params`` where it is first asked for.
 
-    def __init__(self, value: int) -> None:
-        """Takes the number that it is as an array."""
-        self._value = value
+    Attributes:
+      found: the checkpoint.
+      to_params: the user's function from weights to params.
+    """
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.array(self._value, np.int32 if dtype is None else dtype)
+    found: Source
+    to_params: Callable[[Any], Any]
 
-    def __jax_array__(self) -> jax.Array:
-        return jnp.asarray(self._value, jnp.int32)
+    @functools.cached_property
+    def moments(self) -> tuple[Any, Any]:
+        """The first and the second moments."""
+        return call(self.to_params, self.found.moments("m")), call(self.to_params, self.found.moments("v"))
 
-    def __getattr__(self, name: str) -> "Placeholder":
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self
+    def tagged(self, tags: Mapping[Label, int]) -> Any:
+        """The params with the tags of the parameters that each leaf is made of, in place of their numbers.
 
-    def __call__(self, *args: Any, **kwargs: Any) -> "Placeholder":
-        return self
+        A tag is not 0, so that what pads with zeros is told from it, and small, so that every dtype holds it.
+        """
+        if max(tags.values(), default=1) > _LARGEST_TAG:
+            raise ValueError("the checkpoint has too many different parameter groups; merge those that are alike.")
+        shapes = self.found.shapes
+        return call(self.to_params, {label: np.broadcast_to(np.int32(tags[label]), shapes[label]) for label in shapes})
 
-    def __getitem__(self, index: Any) -> "Placeholder":
-        return self
+    def parameters_of(self, moments: Any) -> Mapping[Label, Parameter | None]:
+        """The parameters in the moments of a Nadam: all of them where it has all leaves, or where none has stepped."""
+        if not any_masked(moments) or not self.found.stepped:
+            return self.found.parameters
+        tags, tree = self._owners
+        leaves = jax.tree.leaves(select("m", tree, moments))
+        own = set().union(*(tags_in(leaf, {NO_TAG, *tags.values()}) for leaf in leaves))
+        return {label: parameter for label, parameter in self.found.parameters.items() if tags[label] in own}
+
+    @functools.cached_property
+    def _owners(self) -> tuple[Mapping[Label, int], Any]:
+        """A tag for each parameter, which tells its group and whether it took a step, and the params with the tags."""
+        found = self.found
+        tags = {label: 1 + 2 * found.group_of[label] + (p is not None) for label, p in found.parameters.items()}
+        return tags, self.tagged(dict.fromkeys(found.weights, NO_TAG) | tags)
 
 
 def call(to_params: Callable[[Any], Any], arrays: Mapping[Label, Any]) -> Any:
@@ -90,21 +114,8 @@ def _advice(name: Any, labels: Sequence[Label]) -> str:
     return ""
 
 
-def tagged(tags: Mapping[Label, int], shapes: Mapping[Label, tuple[int, ...]]) -> dict[Label, Any]:
-    """For each parameter, an array of its shape that is filled with its tag, or a placeholder.
-
-    A tag is not 0, so that what pads with zeros is told from it, and small, so that every dtype holds it.
-    """
-    if max(tags.values(), default=1) > _LARGEST_TAG:
-        raise ValueError("the checkpoint has too many different parameter groups; merge those that are alike.")
-    return {
-        label: np.broadcast_to(np.int32(tag), shapes[label]) if label in shapes else Placeholder(tag)
-        for label, tag in tags.items()
-    }
-
-
 def tags_in(leaf: Any, known: Collection[int]) -> set[int]:
-    """The tags in a leaf of what ``to_params`` made of tagged arrays."""
+    """The tags in a leaf of what the user's function made of tagged arrays."""
     array = np.real(np.asarray(leaf))
     constant = array.size and array.min() == array.max()
     tags = {float(tag) for tag in (array.flat[:1] if constant else np.unique(array))} - {0.0}
@@ -119,6 +130,11 @@ def the_tag(place: str, leaf: Any, known: Collection[int]) -> int:
     if len(tags) != 1:
         raise ValueError(_MIXED.format(leaf=place))
     return tags.pop()
+
+
+def any_masked(tree: Any) -> bool:
+    """Whether another optimizer has some of the leaves."""
+    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
 
 
 def select(name: str, tree: Any, like: Any) -> Any:
@@ -137,22 +153,22 @@ def select(name: str, tree: Any, like: Any) -> Any:
 def as_pairs(tree: Any) -> Any:
     """A tree like that of an optimizer state: a complex leaf is a pair of real ones."""
     identity = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
-    return optax.contrib.split_real_and_imaginary(identity).init(tree).inner_state
+    split: Any = optax.contrib.split_real_and_imaginary(identity).init(tree)
+    return split.inner_state
 
 
-def merged(trees: Sequence[Any], default: Any) -> Any:
+def filled(tree: Any, number: float) -> Any:
+    """Arrays of the shapes of a tree, all of one number."""
+    return jax.tree.map(lambda x: np.full(np.shape(x), number, np.float32), tree)
+
+
+def merged(trees: Sequence[Any]) -> Any:
     """A tree of NumPy arrays from trees that mask each other's leaves; pairs are complex arrays again."""
 
-    def merge(*nodes: Any) -> Any:
-        node = next((node for node in nodes if not is_masked(node)), default)
-        if node is default:
-            return default
+    def merge(path: Any, *nodes: Any) -> np.ndarray:
+        node = next((node for node in nodes if not is_masked(node)), None)
+        if node is None:
+            raise ValueError(_NO_NADAM.format(leaf=f"params{jax.tree_util.keystr(path)}"))
         return np.asarray(jax.lax.complex(node.real, node.imaginary) if is_pair(node) else node)
 
-    return jax.tree.map(merge, *trees, is_leaf=lambda node: is_masked(node) or is_pair(node))
-
-
-def listed(labels: Collection[Label]) -> str:
-    """Some labels for the text of an error."""
-    shown = ", ".join(map(repr, list(labels)[:5]))
-    return shown if len(labels) <= 5 else f"{shown} and {len(labels) - 5} more"
+    return jax.tree_util.tree_map_with_path(merge, *trees, is_leaf=lambda node: is_masked(node) or is_pair(node))

@@ -1,8 +1,7 @@
 """From a checkpoint of torch's or timm's into an optimizer state, and back."""
 
-import functools
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,31 +12,16 @@ from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._load import put_counters
 from optax_nadam._state import ScaleByNadamState, convert_moments, get_state
-from optax_nadam._tree import is_masked, map_parts, nodes_of
+from optax_nadam._tree import map_parts, nodes_of
 from optax_nadam.compat._common import Checkpoint, get_numbers, load_nadam
-from optax_nadam.compat._torch_leaves import (
-    Label,
-    Placeholder,
-    as_pairs,
-    call,
-    listed,
-    merged,
-    select,
-    tagged,
-    tags_in,
-    the_tag,
-)
-from optax_nadam.compat._torch_sources import Layout, Parameter, Source, labels_of
+from optax_nadam.compat._torch_leaves import NO_TAG, Matched, any_masked, as_pairs, filled, merged, select, the_tag
+from optax_nadam.compat._torch_read import Label, Layout, Parameter, labels_of, listed
 
 _BEHIND = (
     "the parameters differ in the steps they took: {differences}. One Nadam counts for all of its parameters. Pass"
     " mismatch='largest' to take the largest step and its product of momenta for all, with the moments as they are (and"
     " zero for what never stepped); or build the optimizer with from_groups(source, to_params), which has a Nadam for"
     " each kind of parameter group and leaves alone what never stepped."
-)
-_NO_SHAPE = (
-    "{labels} never stepped, so that source does not hold the shape of the moments. Pass weights, the model's own"
-    " arrays as to_params takes them."
 )
 _COMPLEX = (
     "opt_state has complex moments, but {optimizer} treats the two parts of a complex number as separate numbers. Build"
@@ -47,82 +31,43 @@ _UNNAMED_GROUPS = (
     "from_params returned arrays by name, but param_groups are several without param_names. Return a list in the order"
     " of the optimizer's parameters, group after group, or add param_names to each group."
 )
-_NO_TAG = -1
+_ONE_OF_TWO = (
+    "dump_state needs either config, for one group of all parameters, or param_groups, the groups of the optimizer that"
+    " continues; got {got}."
+)
 
 
-def load_state(
-    opt_state: Any,
-    source: Source,
-    to_params: Callable[[Any], Any],
-    *,
-    config_from: Callable[[Mapping[str, Any]], NadamConfig],
-    config: NadamConfig | None,
-    mismatch: str,
-) -> Any:
-    """The optimizer state that continues from a checkpoint, each Nadam in it from its own parameters."""
+def load(opt_state: Any, matched: Matched, configs: Sequence[NadamConfig | None], mismatch: str) -> Any:
+    """The optimizer state that continues from a checkpoint, each Nadam in it from its own parameters.
+
+    Args:
+      opt_state: the state of the optimizer that is to continue.
+      matched: the checkpoint.
+      configs: for each of its groups what a product of the momenta is computed from; None where it is stored.
+      mismatch: as in :func:`optax_nadam.compat.torch.load_state`.
+    """
     validation.check_choice("mismatch", mismatch, ("raise", "largest"))
-    _check_real(opt_state, source.layout)
-    owned = _owned(opt_state, source, to_params)
+    _check_real(opt_state, matched.found.layout)
+    loaded = map_parts(lambda part: _load_part(part, matched, configs, mismatch), opt_state, ScaleByNadamState)
+    return put_counters(loaded, matched.found.steps)
 
-    @functools.cache
-    def tree(moment: str) -> Any:
-        return call(to_params, _moments(source, moment))
 
-    def load_part(part: Any) -> Any:
-        like, parameters = get_state(part), owned(part)
-        if not any(parameters.values()):
-            return _fresh(part, source.layout)
-        step, product = _progress(parameters, mismatch)
-        _check_shapes(parameters, source.weights)
-        stepped = next(label for label, parameter in parameters.items() if parameter)
-        own = config_from(source.groups[source.group_of[stepped]]) if product is None and config is None else None
-        found = Checkpoint(source.layout.optimizer, step, product, tree("m"), tree("v"), own)
-        return load_nadam(part, found.mapped(lambda moments: as_pairs(select("m", moments, like.m))), config)
-
-    largest = max((p.step for p in source.parameters.values() if p is not None), default=0)
-    return put_counters(map_parts(load_part, opt_state, ScaleByNadamState), largest)
+def _load_part(part: Any, matched: Matched, configs: Sequence[NadamConfig | None], mismatch: str) -> Any:
+    """The part of an optimizer state that has one Nadam; its counters of schedules as they are."""
+    like, found = get_state(part), matched.found
+    parameters = matched.parameters_of(like.m)
+    if not any(parameters.values()):
+        return _fresh(part, found.layout)
+    step, product = _progress(parameters, mismatch)
+    config = next(configs[found.group_of[label]] for label, p in parameters.items() if p is not None)
+    checkpoint = Checkpoint(found.layout.optimizer, step, product, *matched.moments, config)
+    return load_nadam(part, checkpoint.mapped(lambda tree: as_pairs(select("m", tree, like.m))), None)
 
 
 def _fresh(part: Any, layout: Layout) -> Any:
     """The part of an optimizer state as it is before the first step."""
     m, v = jax.tree.map(jnp.zeros_like, (get_numbers(part).m, get_numbers(part).v))
     return load_nadam(part, Checkpoint(layout.optimizer, 0, 1.0, m, v), None)
-
-
-def _owned(
-    opt_state: Any, source: Source, to_params: Callable[[Any], Any]
-) -> Callable[[Any], Mapping[Label, Parameter | None]]:
-    """For a part of the optimizer state, the parameters that its Nadam has: all where no leaf of it is masked."""
-    if not _any_masked(nodes_of(opt_state, ScaleByNadamState)):
-        return lambda part: source.parameters
-    # The group, and whether a step was taken.
-    tags = {label: 1 + 2 * source.group_of[label] + (p is not None) for label, p in source.parameters.items()}
-    others = {label: _NO_TAG for label in source.weights if label not in tags}
-    tree = call(to_params, tagged(tags | others, source.shapes()))
-
-    def owned(part: Any) -> Mapping[Label, Parameter | None]:
-        leaves = jax.tree.leaves(select("m", tree, get_state(part).m))
-        own = set().union(*(tags_in(leaf, {_NO_TAG, *tags.values()}) for leaf in leaves))
-        return {label: parameter for label, parameter in source.parameters.items() if tags[label] in own}
-
-    return owned
-
-
-def _moments(source: Source, moment: str) -> dict[Label, Any]:
-    """One moment of each parameter; zero where no step was taken, a placeholder where the shape is not known."""
-    # Copies: torch updates in place what an optimizer's state_dict() shows.
-    known = {label: np.array(getattr(p, moment)) for label, p in source.parameters.items() if p is not None}
-    zeros = {label: np.zeros(x.shape, np.float32) for label, x in source.weights.items() if label not in known}
-    unknown = {label: Placeholder(0) for label in source.parameters if label not in known and label not in zeros}
-    arrays = known | zeros | unknown
-    return {label: arrays[label] for label in dict.fromkeys((*source.parameters, *zeros))}
-
-
-def _check_shapes(parameters: Mapping[Label, Parameter | None], weights: Mapping[Label, Any]) -> None:
-    """Rejects parameters that never stepped and whose shape is not known."""
-    unknown = [label for label, parameter in parameters.items() if parameter is None and label not in weights]
-    if unknown:
-        raise ValueError(_NO_SHAPE.format(labels=listed(unknown)))
 
 
 def _progress(parameters: Mapping[Label, Parameter | None], mismatch: str) -> tuple[int, float | None]:
@@ -154,27 +99,32 @@ def _described(apart: Mapping[Label, Parameter | None], others: int, largest: Pa
     return f"{behind}; {others} others took {text(largest)}"
 
 
-def dump_state(
+def groups_to_dump(
+    group: Mapping[str, Any] | None, param_groups: Sequence[Mapping[str, Any]] | None
+) -> Sequence[Mapping[str, Any]]:
+    """The groups of a checkpoint that is to be written: one of all parameters, or those that the user gave."""
+    if group is not None and param_groups is None:
+        return [group]
+    if group is None and param_groups is not None:
+        return param_groups
+    raise ValueError(_ONE_OF_TWO.format(got="neither" if group is None else "both"))
+
+
+def dump(
     opt_state: Any,
     from_params: Callable[[Any], Any],
     groups: Sequence[Mapping[str, Any]],
-    *,
     layout: Layout,
+    params: Any,
     as_tensor: Callable[[np.ndarray], Any] | None,
 ) -> dict[str, Any]:
-    """The checkpoint of an optimizer state; see :func:`optax_nadam.compat.torch.dump_state`.
-
-    Of the groups, a single one without ``params`` gets all parameters.
-    """
+    """The checkpoint of an optimizer state; of its groups, a single one without ``params`` gets all parameters."""
     _check_real(opt_state, layout)
     states = list(nodes_of(convert_moments(opt_state, m_dtype=None, v_dtype=None), ScaleByNadamState))
-    m, v = (
-        _by_label(from_params(merged([getattr(state, moment) for state in states], Placeholder(0))))
-        for moment in ("m", "v")
-    )
-    owners = _owners(states, from_params, m)
-    groups = _filled(groups, list(m))
-    labels, ids = _dumped_labels(groups, list(m))
+    m, v = (_dumped([getattr(state, name) for state in states], from_params, params, 0.0) for name in ("m", "v"))
+    owners = _owners(states, from_params, params, m)
+    whole = _with_parameters(groups, list(m))
+    labels, ids = _dumped_labels(whole, list(m))
     tensor = as_tensor or (lambda array: array)
     entries = {
         i: {
@@ -183,35 +133,29 @@ def dump_state(
             "exp_avg_sq": tensor(np.array(v[label])),
         }
         for label, i in zip(labels, ids, strict=True)
-        if owners[label] != _NO_TAG
+        if owners[label] != NO_TAG
     }
-    return {"state": entries, "param_groups": groups}
+    return {"state": entries, "param_groups": whole}
+
+
+def _dumped(trees: list[Any], from_params: Callable[[Any], Any], params: Any, rest: float) -> dict[Any, np.ndarray]:
+    """What ``from_params`` makes of the moments of all Nadams, by name or by position; ``rest`` is what none has."""
+    arrays = from_params(merged(trees if params is None else [*trees, filled(params, rest)]))
+    if not isinstance(arrays, Mapping | Sequence):
+        raise TypeError(f"from_params must return a dict or a list of arrays, got {type(arrays).__name__}.")
+    return dict(arrays if isinstance(arrays, Mapping) else enumerate(arrays))
 
 
 def _owners(
-    states: Sequence[ScaleByNadamState], from_params: Callable[[Any], Any], labels: Mapping[Label, Any]
+    states: Sequence[ScaleByNadamState], from_params: Callable[[Any], Any], params: Any, labels: Mapping[Label, Any]
 ) -> Mapping[Label, int]:
-    """For each parameter the number of its Nadam, from 1, and ``_NO_TAG`` where none has it."""
-    if not _any_masked(states):
+    """For each parameter the number of its Nadam, from 1, and ``NO_TAG`` where none has it."""
+    if not any(any_masked(state.m) for state in states):
         return dict.fromkeys(labels, 1)
-    tags = [jax.tree.map(lambda x, i=i: jnp.full(x.shape, i), state.m) for i, state in enumerate(states, 1)]
-    found = _by_label(from_params(merged(tags, Placeholder(_NO_TAG))))
-    known = {_NO_TAG, *range(1, len(states) + 1)}
+    tags = [filled(state.m, tag) for tag, state in enumerate(states, 1)]
+    found = _dumped(tags, from_params, params, NO_TAG)
+    known = {NO_TAG, *range(1, len(states) + 1)}
     return {label: the_tag(f"parameter {label!r}", x, known) for label, x in found.items()}
-
-
-def groups_to_dump(
-    config: NadamConfig | None,
-    param_groups: Sequence[Mapping[str, Any]] | None,
-    config_to: Callable[[NadamConfig], dict[str, Any]],
-) -> Sequence[Mapping[str, Any]]:
-    """The groups of a checkpoint that is to be written, of which one argument or the other tells."""
-    if (config is None) == (param_groups is None):
-        raise ValueError(
-            "dump_state needs either config, for one group of all parameters, or param_groups, the groups of the"
-            f" optimizer that continues; got {'neither' if config is None else 'both'}."
-        )
-    return [config_to(config)] if param_groups is None else param_groups  # type: ignore[arg-type]  # one is given
 
 
 def _dumped_scalars(state: ScaleByNadamState, layout: Layout, tensor: Callable[[np.ndarray], Any]) -> dict[str, Any]:
@@ -222,14 +166,7 @@ def _dumped_scalars(state: ScaleByNadamState, layout: Layout, tensor: Callable[[
     return {key: tensor(array) for key, array in zip(layout.scalars, arrays, strict=False)}
 
 
-def _by_label(arrays: Any) -> dict[Any, np.ndarray]:
-    """What ``from_params`` returned, by name or by position."""
-    if not isinstance(arrays, Mapping | Sequence):
-        raise TypeError(f"from_params must return a dict or a list of arrays, got {type(arrays).__name__}.")
-    return dict(arrays if isinstance(arrays, Mapping) else enumerate(arrays))
-
-
-def _filled(groups: Sequence[Mapping[str, Any]], labels: list[Label]) -> list[dict[str, Any]]:
+def _with_parameters(groups: Sequence[Mapping[str, Any]], labels: list[Label]) -> list[dict[str, Any]]:
     """The groups, of which a single one without parameters gets all, with their names where there are any."""
     if len(groups) != 1 or "params" in groups[0]:
         return [dict(group) for group in groups]
@@ -250,11 +187,6 @@ def _dumped_labels(groups: list[dict[str, Any]], labels: list[Label]) -> tuple[l
         lacking = listed([label for label in wanted if label not in labels])
         raise ValueError(f"from_params must return the parameters that param_groups names; {lacking} are not there.")
     return wanted, ids
-
-
-def _any_masked(states: Iterable[ScaleByNadamState]) -> bool:
-    """Whether a Nadam has not all of the leaves."""
-    return any(is_masked(node) for state in states for node in jax.tree.leaves(state.m, is_leaf=is_masked))
 
 
 def _check_real(opt_state: Any, layout: Layout) -> None:

@@ -9,24 +9,29 @@ Three dialects, here as in every ``dialect`` argument:
   some tens of steps.
 * ``"legacy"``: ``tf.keras`` from TensorFlow 1 to 2.10 and ``optimizers.legacy``; Keras 2.2 and 2.3 are read too.
 
-Neither Keras nor TensorFlow is needed, but for what reads their files: TensorFlow for its checkpoints, ``h5py`` for
-``.h5`` and ``.keras``, Orbax for its directories.
+Neither Keras nor TensorFlow is needed. Their files are read by other packages: TensorFlow's checkpoints by TensorFlow,
+``.h5`` and ``.keras`` by ``h5py``, Orbax' directories by Orbax.
 """
 
-import warnings
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 from jax.typing import ArrayLike
 
+from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
+from optax_nadam._quantized import is_quantized
+from optax_nadam._rules import RULES
 from optax_nadam._schedules import ScheduleConfig
+from optax_nadam._state import get_state
 from optax_nadam._wrappers import freeze_rows_without_gradient
-from optax_nadam.compat import _keras_config as configs
-from optax_nadam.compat import _keras_state as states
-from optax_nadam.compat._common import build, cannot_express, load
+from optax_nadam.compat import _common as common
+from optax_nadam.compat._keras_read import DIALECTS, read_source
+from optax_nadam.compat._keras_roles import as_count, as_weights, by_names, by_shapes, checkpoint_of
 
 __all__ = [
     "config_from",
@@ -41,7 +46,71 @@ __all__ = [
     "set_weights",
 ]
 
-_CLIPS_SLICES = "The original clips slices before it adds up those of one row; clip with Optax around the optimizer."
+# Our fields, and their arguments.
+_NUMBERS = {"b1": "beta_1", "b2": "beta_2", "eps": "epsilon"}
+_CLIPS = {"clip_norm": "clipnorm", "clip_global_norm": "global_clipnorm", "clip_value": "clipvalue"}
+_OTHERS = {"momentum_decay": "schedule_decay", "accumulate_steps": "gradient_accumulation_steps"}
+_NAMES = {**_NUMBERS, **_CLIPS, **_OTHERS}
+_SCHEDULES = {"ExponentialDecay": "exponential_decay", "InverseTimeDecay": "inverse_time_decay"}
+_SCHEDULES |= {"PolynomialDecay": "polynomial_decay", "PiecewiseConstantDecay": "piecewise_constant"}
+_SCHEDULES |= {"CosineDecay": "cosine_decay", "CosineDecayRestarts": "cosine_decay_restarts"}
+
+# The keys of their configs. The first mark that a config has tells its dialect.
+_MARKS = {"decay": "legacy", "schedule_decay": "legacy"}
+_MARKS |= {"is_legacy_optimizer": "tf_keras", "loss_scale_factor": "keras"}
+_REQUIRED = ("learning_rate", *_NUMBERS.values())
+_SHARED = (*_REQUIRED, *_CLIPS.values(), "name")
+_NEW = (*_SHARED, "weight_decay", "use_ema", "ema_momentum", "ema_overwrite_frequency")
+_KEYS = {
+    "keras": (*_NEW, "loss_scale_factor", "gradient_accumulation_steps"),
+    "tf_keras": (*_NEW, "jit_compile", "is_legacy_optimizer"),
+    "legacy": (*_SHARED, "decay", "schedule_decay", "is_legacy_optimizer"),
+}
+_WRAPPER_KEYS = {*_KEYS["keras"], *_KEYS["tf_keras"]} - set(_REQUIRED)
+_WRAPPER_KEYS |= {"inner_optimizer", "initial_scale", "dynamic_growth_steps", "dynamic"}
+
+# What a dialect can express; complex_as_real has no effect there, since it has no complex leaves.
+_SIDES = {"keras": "Keras 3", "tf_keras": "tf_keras", "legacy": "tf.keras' legacy Nadam"}
+_RULES = {"keras": ("scheduled", "loss_scaled"), "tf_keras": ("scheduled",), "legacy": ("scheduled",)}
+_EVERYWHERE = {"learning_rate", "momentum_decay", "rule", "complex_as_real", *_NUMBERS, *_CLIPS}
+_ALSO = {"keras": {"weight_decay", "accumulate_steps"}, "tf_keras": {"weight_decay"}, "legacy": set[str]()}
+
+_NO_EMA = "Average the params with optax.incremental_update, and pass use_ema=False."
+_NO_SCALE = "Scale the loss and divide the gradients by the same factor, and pass loss_scale_factor=None."
+_CLIPS_SLICES = (
+    "The original clips slices before it adds up those of one row: pass {name}=None, and clip with Optax around the"
+    " optimizer."
+)
+_ONE_CLIP = "Only one of them can be set: pass dataclasses.replace(config, {changes})."
+_ADVICE = {
+    "rule": "It follows {rules}: pass dataclasses.replace(config, rule='scheduled').",
+    "momentum_decay": (
+        "It has 1.0 and no argument for it: pass dataclasses.replace(config, momentum_decay=1.0), or dialect='legacy',"
+        " which has schedule_decay."
+    ),
+    "schedule_counts_gradients": (
+        "Its schedules count gradients: stretch the schedule by accumulate_steps, and pass"
+        " dataclasses.replace(config, schedule_counts_gradients=True)."
+    ),
+    "learning_rate": (
+        "Its learning rate is a number: pass dataclasses.replace(config, learning_rate=0.001), and set"
+        " optimizer.learning_rate during the run."
+    ),
+    "eps": "It makes 1e-7 of it: pass dataclasses.replace(config, eps=1e-07).",
+}
+_TWO_MEANINGS = (
+    "clipnorm means two things in a Nadam config without a name: Keras up to 2.3 clips by the norm of all gradients"
+    " (write global_clipnorm), tf.keras each by its own (add a name)."
+)
+_NO_WEIGHTS = (
+    "source does not tell which of its weights are trainable, and in which order. Load the model with Keras, and take"
+    " model.trainable_variables."
+)
+_NO_HYPERPARAMETERS = (
+    "source does not hold all hyperparameters. A model's .h5 and .keras file does, and a TensorFlow checkpoint of the"
+    " legacy Nadam whose learning rate is a number or a variable, not a function; else make a NadamConfig, or pass"
+    " optimizer.get_config() to config_from."
+)
 
 
 def nadam(
@@ -68,8 +137,9 @@ def nadam(
     .. math:: \theta_t = \theta_{t-1} - \alpha_t (u_t + \lambda \theta_{t-1})
 
     Args:
-      learning_rate: :math:`\alpha`, a number, a scalar array, an Optax schedule of the steps taken, or a
-        :class:`optax_nadam.ScheduleConfig`, which counts the gradients seen, as Keras' own schedules do.
+      learning_rate: :math:`\alpha`, a number, a scalar array, or a schedule: Optax's, or a
+        :class:`optax_nadam.ScheduleConfig`. A schedule is a function of the gradients seen, as Keras' own are of
+        ``iterations``: of ``gradient_accumulation_steps`` for each step.
       beta_1: decay of the first moment and limit of the momentum, in [0, 1).
       beta_2: decay of the second moment, in [0, 1).
       epsilon: added to the root, not negative.
@@ -78,10 +148,10 @@ def nadam(
       clipvalue: the largest magnitude of a gradient's element; None or 0 for no limit.
       global_clipnorm: the largest norm of all gradients together; None or 0 for no limit.
       use_ema: must be False.
-      ema_momentum: not used, for there is no ``use_ema``.
+      ema_momentum: not used, since ``use_ema`` is False.
       ema_overwrite_frequency: not used.
       loss_scale_factor: must be None.
-      gradient_accumulation_steps: gradients that are averaged for one step, at least 2; None for every one.
+      gradient_accumulation_steps: gradients that are averaged for one step, at least 2; None for a step with each.
       name: not used.
 
     Returns:
@@ -103,20 +173,11 @@ def nadam(
     Source: https://keras.io/api/optimizers/Nadam/
     """
     del name, ema_momentum, ema_overwrite_frequency
-    fields = configs.fields(
-        "keras",
-        beta_1=beta_1,
-        beta_2=beta_2,
-        epsilon=epsilon,
-        weight_decay=weight_decay,
-        clipnorm=clipnorm,
-        clipvalue=clipvalue,
-        global_clipnorm=global_clipnorm,
-        use_ema=use_ema,
-        loss_scale_factor=loss_scale_factor,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-    )
-    return build(learning_rate, configs.NAMES, fields)
+    numbers = {"beta_1": beta_1, "beta_2": beta_2, "epsilon": epsilon, "weight_decay": weight_decay}
+    clips = {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm}
+    others = {"use_ema": use_ema, "loss_scale_factor": loss_scale_factor}
+    others |= {"gradient_accumulation_steps": gradient_accumulation_steps}
+    return common.build(learning_rate, _NAMES, _fields("keras", numbers | clips | others))
 
 
 def legacy_nadam(
@@ -146,8 +207,7 @@ def legacy_nadam(
       epsilon: added to the root; 0 and None become 1e-7, as in the original.
       name: not used.
       lr: in place of ``learning_rate``; its old name.
-      decay: without effect, as in the original, which puts ``schedule_decay`` in its place: there is no
-        inverse-time decay of the learning rate.
+      decay: without effect, as in the original, which has no inverse-time decay of the learning rate.
       schedule_decay: :math:`\psi`, how fast the momentum rises, per step, not negative.
       clipnorm: the largest norm of a leaf's gradient, positive; None for no limit.
       clipvalue: the largest magnitude of a gradient's element, positive; None for no limit.
@@ -178,30 +238,27 @@ def legacy_nadam(
     """
     del name
     if decay is not None:
-        warnings.warn("decay has no effect in the legacy Nadam; schedule_decay is what it calls so.", stacklevel=2)
+        validation.warn("decay has no effect in the legacy Nadam: pass schedule_decay instead.")
     learning_rate = learning_rate if lr is None else lr
     if callable(learning_rate) or isinstance(learning_rate, ScheduleConfig):
         raise ValueError(f"learning_rate must not be a schedule in the legacy Nadam, got {learning_rate!r}.")
     clips = {"clipnorm": clipnorm, "clipvalue": clipvalue, "global_clipnorm": global_clipnorm}
     for clip, value in clips.items():
         if sparse_rows is not None and value is not None:
-            raise cannot_express("legacy_nadam with sparse_rows", clip, value, _CLIPS_SLICES)
-    fields = configs.legacy_fields(
-        beta_1=beta_1, beta_2=beta_2, epsilon=epsilon, schedule_decay=schedule_decay, **clips
-    )
-    tx = build(learning_rate, configs.NAMES, fields)
+            raise common.cannot_express("legacy_nadam with sparse_rows", clip, value, _CLIPS_SLICES.format(name=clip))
+    numbers = {"beta_1": beta_1, "beta_2": beta_2, "epsilon": epsilon, "schedule_decay": schedule_decay}
+    tx = common.build(learning_rate, _NAMES, _legacy_fields(numbers | clips))
     return tx if sparse_rows is None else freeze_rows_without_gradient(tx, sparse_rows)
 
 
 def config_from(config: Mapping[str, Any]) -> NadamConfig:
     r"""The config in what ``get_config()`` of a Keras Nadam returns, or ``keras.optimizers.serialize``.
 
-    The dialect is told from the keys: ``decay`` or ``schedule_decay`` is legacy, ``is_legacy_optimizer`` is tf_keras,
-    ``loss_scale_factor`` is Keras 3. A ``LossScaleOptimizer`` around a Keras 3 Nadam becomes the rule
-    ``"loss_scaled"``, which is what Keras computes there under JAX: its product of the momenta is lost between steps,
-    so that :math:`P_t = \mu_t`. Other backends store the product; for those, and to be rid of the flaw, replace the
-    rule by ``"scheduled"``. Scaling the loss, and skipping steps that are not finite, is left to the caller
-    (``optax.apply_if_finite``).
+    The dialect is inferred from the keys: ``decay`` or ``schedule_decay`` is legacy, ``is_legacy_optimizer`` is
+    tf_keras, ``loss_scale_factor`` is Keras 3. A ``LossScaleOptimizer`` around a Keras 3 Nadam becomes the rule
+    ``"loss_scaled"``, which Keras computes there under JAX: it loses its product of the momenta between steps, so that
+    :math:`P_t = \mu_t`. Other backends store the product; for those, and to be rid of the flaw, replace the rule by
+    ``"scheduled"``. The caller scales the loss, and skips steps that are not finite (``optax.apply_if_finite``).
 
     Args:
       config: a mapping; it is not changed.
@@ -222,7 +279,104 @@ def config_from(config: Mapping[str, Any]) -> NadamConfig:
       >>> config.learning_rate, config.momentum_decay
       (0.01, 0.004)
     """
-    return configs.config_from(config)
+    config = _unwrapped(config)
+    if "inner_optimizer" not in config:
+        return common.config_of(_NAMES, _all_fields(config))
+    common.check_keys("the LossScaleOptimizer config", config, _WRAPPER_KEYS)
+    inner = _unwrapped(config["inner_optimizer"])
+    rule = "loss_scaled" if _dialect_of(inner) == "keras" else "scheduled"
+    return common.config_of(_NAMES, {**_all_fields(inner), "rule": rule})
+
+
+def _unwrapped(config: Any) -> Mapping[str, Any]:
+    """The config in ``{"class_name": ..., "config": ...}``, or the config itself."""
+    if "class_name" not in config:
+        return config
+    kind = str(config["class_name"]).rpartition(">")[2].lower()
+    if kind != "nadam" and not kind.startswith("lossscaleoptimizer"):
+        raise ValueError(f"config must be that of a Nadam or a LossScaleOptimizer, got {config['class_name']!r}.")
+    return config["config"]
+
+
+def _dialect_of(config: Mapping[str, Any]) -> str:
+    """The dialect of a config."""
+    for mark, dialect in _MARKS.items():
+        if mark in config:
+            return dialect
+    raise ValueError(f"config must have one of the keys {', '.join(_MARKS)}, which tell its dialect; got {config!r}.")
+
+
+def _all_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields of a config."""
+    dialect = _dialect_of(config)
+    config = {"learning_rate" if key == "lr" else key: value for key, value in config.items()}
+    common.check_keys(f"the {dialect} Nadam config", config, _KEYS[dialect], _REQUIRED)
+    fields = _stored_legacy_fields(config) if dialect == "legacy" else _fields(dialect, config)
+    return {"learning_rate": _learning_rate_from(config["learning_rate"], dialect), **fields}
+
+
+def _stored_legacy_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields of a config of tf.keras, or of Keras up to 2.3, which has no name and allows an epsilon of 0."""
+    is_keras_2 = "name" not in config
+    if is_keras_2 and config.get("clipnorm") is not None:
+        raise ValueError(_TWO_MEANINGS)
+    fields = _legacy_fields({"schedule_decay": config.get("decay"), **config})
+    return {**fields, "eps": 0.0} if is_keras_2 and _is_zero(config["epsilon"]) else fields
+
+
+def _learning_rate_from(learning_rate: Any, dialect: str) -> Any:
+    """The number or the schedule in a config."""
+    if not isinstance(learning_rate, Mapping):
+        return learning_rate
+    kind = learning_rate.get("class_name")
+    if kind not in _SCHEDULES:
+        known = ", ".join(_SCHEDULES)
+        raise ValueError(f"learning_rate must be a number or one of the schedules {known}, got {kind!r}.")
+    if dialect == "legacy":
+        raise ValueError(f"learning_rate must not be a schedule in the legacy Nadam, got {kind!r}.")
+    return ScheduleConfig(_SCHEDULES[kind], common.without(learning_rate["config"], ["name"]))
+
+
+def _fields(dialect: str, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields, but for the learning rate, of the arguments of a Keras 3 or tf_keras Nadam."""
+    if theirs.get("use_ema"):
+        raise common.cannot_express("optax_nadam", "use_ema", theirs["use_ema"], _NO_EMA)
+    if theirs.get("loss_scale_factor") is not None:
+        raise common.cannot_express("optax_nadam", "loss_scale_factor", theirs["loss_scale_factor"], _NO_SCALE)
+    steps = theirs.get("gradient_accumulation_steps") or None
+    if steps is not None and steps < 2:
+        raise ValueError(f"gradient_accumulation_steps must be at least 2, or None, got {steps!r}.")
+    numbers = {ours: theirs[name] for ours, name in _NUMBERS.items()}
+    weight_decay = theirs.get("weight_decay")
+    others = {"momentum_decay": 1.0, "weight_decay": 0.0 if weight_decay is None else weight_decay}
+    accumulation = {"accumulate_steps": steps or 1, "schedule_counts_gradients": steps is not None}
+    return {**numbers, **others, **accumulation, **_clip_in_force(dialect, theirs)}
+
+
+def _clip_in_force(dialect: str, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """The clip in force: of a norm and the value tf_keras takes the norm; Keras 3 does not allow more than one."""
+    given = {ours: theirs[name] for ours, name in _CLIPS.items() if theirs.get(name) is not None}
+    if len(given) > 1 and (dialect == "keras" or "clip_value" not in given):
+        got = ", ".join(_CLIPS[ours] for ours in given)
+        raise ValueError(f"only one of {', '.join(_CLIPS.values())} can be set, got {got}.")
+    in_force = [ours for ours in given if not _is_zero(given[ours])]
+    return {ours: given[ours] for ours in in_force[:1]}
+
+
+def _legacy_fields(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields, but for the learning rate, of the arguments of a legacy Nadam; an epsilon of 0 becomes 1e-7."""
+    clips = {ours: theirs.get(name) for ours, name in _CLIPS.items()}
+    if clips["clip_norm"] is not None and clips["clip_global_norm"] is not None:
+        got = f"clipnorm={theirs['clipnorm']!r} and global_clipnorm={theirs['global_clipnorm']!r}"
+        raise ValueError(f"only one of clipnorm, global_clipnorm can be set, got {got}.")
+    eps = theirs["epsilon"]
+    numbers = {"b1": theirs["beta_1"], "b2": theirs["beta_2"], "momentum_decay": theirs["schedule_decay"]}
+    return {**numbers, "eps": 1e-7 if eps is None or _is_zero(eps) else eps, **clips}
+
+
+def _is_zero(value: Any) -> bool:
+    """Whether a value is the number 0; an array is not compared."""
+    return validation.is_number(value) and value == 0
 
 
 def config_to(config: NadamConfig, *, dialect: str = "keras") -> dict[str, Any]:
@@ -248,7 +402,69 @@ def config_to(config: NadamConfig, *, dialect: str = "keras") -> dict[str, Any]:
       >>> compat.keras.config_to(config, dialect="legacy")["schedule_decay"]
       0.004
     """
-    return configs.config_to(config, dialect)
+    _check_config(config, dialect)
+    theirs = {"learning_rate": _learning_rate_to(config.learning_rate)}
+    theirs |= {name: getattr(config, ours) for ours, name in {**_NUMBERS, **_CLIPS}.items()}
+    if dialect == "legacy":
+        given = {key: value for key, value in theirs.items() if value is not None}
+        return {"name": "Nadam", **given, "schedule_decay": config.momentum_decay}
+    theirs |= {"weight_decay": config.weight_decay or None}
+    theirs |= {"use_ema": False, "ema_momentum": 0.99, "ema_overwrite_frequency": None}
+    if dialect == "tf_keras":
+        return {"name": "Nadam", **theirs, "jit_compile": True, "is_legacy_optimizer": False}
+    steps = config.accumulate_steps if config.accumulate_steps > 1 else None
+    nadam = {"name": "nadam", **theirs, "loss_scale_factor": None, "gradient_accumulation_steps": steps}
+    if common.rule_of(config).running_product:
+        return nadam
+    return {"name": "loss_scale_optimizer", "inner_optimizer": _serialized("keras.optimizers", "Nadam", nadam)}
+
+
+def _serialized(module: str, class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """An object as Keras serializes it."""
+    return {"module": module, "class_name": class_name, "config": config, "registered_name": None}
+
+
+def _learning_rate_to(learning_rate: float | ScheduleConfig) -> Any:
+    """The number, or the schedule as Keras serializes it."""
+    if not isinstance(learning_rate, ScheduleConfig):
+        return learning_rate
+    names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
+    arguments = {name: list(x) if isinstance(x, tuple) else x for name, x in learning_rate.arguments.items()}
+    return _serialized("keras.optimizers.schedules", names[learning_rate.name], arguments)
+
+
+def _check_config(config: NadamConfig, dialect: str) -> None:
+    """Rejects a dialect that does not exist, and a config that it cannot express."""
+    validation.check_choice("dialect", dialect, DIALECTS)
+    without_effect = set() if config.weight_decay else {"coupled_weight_decay"}
+    common.check_expressible(config, _SIDES[dialect], _EVERYWHERE | _ALSO[dialect] | without_effect)
+    _check_values(config, dialect)
+    _check_clips(config, dialect)
+
+
+def _check_values(config: NadamConfig, dialect: str) -> None:
+    """Rejects a value that the dialect lacks of a field that it has."""
+    legacy, scheduled = dialect == "legacy", isinstance(config.learning_rate, ScheduleConfig)
+    counts_steps = scheduled and config.accumulate_steps > 1 and not config.schedule_counts_gradients
+    lacking = {
+        "rule": common.rule_of(config) not in [RULES[rule] for rule in _RULES[dialect]],
+        "momentum_decay": not legacy and config.momentum_decay != 1,
+        "schedule_counts_gradients": counts_steps,
+        "learning_rate": legacy and scheduled,
+        "eps": legacy and not config.eps,
+    }
+    for name in [name for name, is_lacking in lacking.items() if is_lacking]:
+        advice = _ADVICE[name].format(rules=" or ".join(map(repr, _RULES[dialect])))
+        raise common.cannot_express(_SIDES[dialect], name, getattr(config, name), advice)
+
+
+def _check_clips(config: NadamConfig, dialect: str) -> None:
+    """Rejects two clips where the dialect has one at a time; the legacy Nadam has a value beside a norm."""
+    exclusive = [name for name in _CLIPS if dialect != "legacy" or name != "clip_value"]
+    kept, *others = [name for name in exclusive if getattr(config, name) is not None] or [""]
+    if others:
+        advice = _ONE_CLIP.format(changes=", ".join(f"{name}=None" for name in others))
+        raise common.cannot_express(_SIDES[dialect], f"{others[0]} beside {kept}", getattr(config, others[0]), advice)
 
 
 def load_state(
@@ -279,7 +495,7 @@ def load_state(
         the same form: a list in the order of ``model.trainable_variables``; or, from a TensorFlow checkpoint, a tree of
         Keras 3 and any mapping, a dict by name, as :func:`read_weights` returns it.
       config: the hyperparameters of the optimizer that continues. Needed where the checkpoint has no product of the
-        momenta, or gradients are accumulated; ``.h5`` and ``.keras`` files have it themselves.
+        momenta, or gradients are accumulated, unless the source is a ``.h5`` or ``.keras`` file, which stores them.
       dialect: which Keras wrote the checkpoint: ``"keras"``, ``"tf_keras"`` or ``"legacy"``; None to find out from
         names or shapes.
 
@@ -288,8 +504,8 @@ def load_state(
 
     Raises:
       ValueError: no optimizer state, arrays that fit no layout or more than one, moments that do not fit the params,
-        no config where one is needed, or accumulation, there or here, that had not come to its end.
-      ImportError: a source is to be read without the package that reads it.
+        no config where one is needed, or accumulated gradients, there or here, that no step has used yet.
+      ImportError: the package that reads the source is not installed.
 
     Warns:
       UserWarning: the product of the momenta was not in the checkpoint and has been computed, unless it is below 1e-6,
@@ -304,7 +520,21 @@ def load_state(
       >>> int(optax.tree.get(state, "count"))
       1
     """
-    return load(opt_state, states.read(opt_state, source, config, dialect).mapped(to_params), config)
+    _check_between_steps(opt_state)
+    size = sum(math.prod(m.shape) for m in jax.tree.leaves(get_state(opt_state).m, is_quantized))
+    checkpoint = _read(source, config=config, dialect=dialect, size=size)
+    return common.load(opt_state, checkpoint.mapped(to_params), config)
+
+
+def _read(
+    source: Any, *, config: NadamConfig | None = None, dialect: str | None = None, size: int | None = None
+) -> common.Checkpoint:
+    """The checkpoint in a source; of two layouts that fit the shapes, the one with ``size`` numbers in the params."""
+    stored = read_source(source, dialect)
+    roles = by_names(stored) or by_shapes(stored, size)
+    if config is None and stored.config and roles.needs_config:
+        config = config_from(stored.config)
+    return checkpoint_of(stored, roles, config)
 
 
 def dump_state(
@@ -340,7 +570,37 @@ def dump_state(
       >>> [x.shape for x in compat.keras.dump_state(state, lambda params: [params["w"]], dialect="legacy")]
       [(), (), (3,), (3,)]
     """
-    return states.write(opt_state, from_params, config, dialect)
+    validation.check_choice("dialect", dialect, DIALECTS)
+    if config is not None:
+        _check_config(config, dialect)
+    if dialect == "legacy":
+        return get_weights(opt_state, from_params)
+    count, product, m, v = _in_order(opt_state, from_params)
+    pairs = [x for pair in zip(m, v, strict=True) for x in pair]
+    if dialect == "tf_keras":
+        return [np.asarray(count, np.int64), *pairs]
+    if config is None:
+        raise ValueError("config is needed for dialect='keras', to know which arrays it stores.")
+    learning_rate = [np.asarray(config.learning_rate, np.float32)] if isinstance(config.learning_rate, float) else []
+    accumulators = [np.zeros_like(x) for x in m] if config.accumulate_steps > 1 else []
+    behind = [product] if common.rule_of(config).running_product else []
+    return [np.asarray(count * config.accumulate_steps, np.int32), *learning_rate, *accumulators, *pairs, *behind]
+
+
+def _in_order(
+    opt_state: Any, from_params: Callable[[Any], Sequence[Any]]
+) -> tuple[int, np.ndarray, list[np.ndarray], list[np.ndarray]]:
+    """Steps taken, product, and moments in the order of their weights."""
+    _check_between_steps(opt_state)
+    state = common.get_numbers(opt_state)
+    m, v = ([common.as_numpy(x) for x in from_params(tree)] for tree in (state.m, state.v))
+    return int(state.count), common.as_numpy(state.mu_product), m, v
+
+
+def _check_between_steps(opt_state: Any) -> None:
+    """Rejects a state that has accumulated gradients."""
+    if int(optax.tree.get(opt_state, "mini_step", 0)):
+        raise ValueError("opt_state holds accumulated gradients that no step has used yet; take it after a step.")
 
 
 def get_weights(opt_state: Any, from_params: Callable[[Any], Sequence[Any]]) -> list[np.ndarray]:
@@ -363,7 +623,8 @@ def get_weights(opt_state: Any, from_params: Callable[[Any], Sequence[Any]]) -> 
       >>> [x.tolist() for x in compat.keras.get_weights(state, lambda params: [params["w"]])]
       [0, 1.0, [0.0, 0.0], [0.0, 0.0]]
     """
-    return states.to_weights(opt_state, from_params)
+    count, product, m, v = _in_order(opt_state, from_params)
+    return [np.asarray(count, np.int64), product, *m, *v]
 
 
 def set_weights(opt_state: Any, weights: Sequence[Any], to_params: Callable[[Any], Any]) -> Any:
@@ -390,7 +651,14 @@ def set_weights(opt_state: Any, weights: Sequence[Any], to_params: Callable[[Any
       >>> int(optax.tree.get(state, "count"))
       1
     """
-    return load(opt_state, states.from_weights(opt_state, weights).mapped(to_params), None)
+    _check_between_steps(opt_state)
+    arrays = [common.as_numpy(x) for x in weights]
+    of_each, left_over = divmod(len(arrays) - 2, 2)
+    if of_each < 1 or left_over:
+        raise ValueError(f"weights must be [iterations, momentum_cache, *m, *v], got {len(arrays)} arrays.")
+    m, v = arrays[2 : 2 + of_each], arrays[2 + of_each :]
+    checkpoint = common.Checkpoint("the weights", as_count(arrays[0].item()), arrays[1].item(), m, v)
+    return common.load(opt_state, checkpoint.mapped(to_params), None)
 
 
 def read_weights(source: Any) -> Any:
@@ -408,7 +676,7 @@ def read_weights(source: Any) -> Any:
 
     Raises:
       ValueError: the source does not tell which of its weights are trainable.
-      ImportError: a package is needed that is not installed.
+      ImportError: the package that reads the source is not installed.
 
     Examples:
       >>> import numpy as np
@@ -417,7 +685,11 @@ def read_weights(source: Any) -> Any:
       >>> compat.keras.read_weights(saver | {"training/Nadam/iter": np.array(1)})
       {'w': array([1.])}
     """
-    return states.read_weights(source)
+    stored = read_source(source)
+    roles = by_names(stored)
+    if roles is None or roles.weights is None:
+        raise ValueError(_NO_WEIGHTS)
+    return as_weights(stored, roles, [stored.values[i] for i in roles.weights])
 
 
 def read_config(source: Any) -> NadamConfig:
@@ -432,7 +704,7 @@ def read_config(source: Any) -> NadamConfig:
 
     Raises:
       ValueError: the source holds no hyperparameters, or as :func:`config_from`.
-      ImportError: a package is needed that is not installed.
+      ImportError: the package that reads the source is not installed.
 
     Examples:
       >>> import numpy as np
@@ -441,4 +713,7 @@ def read_config(source: Any) -> NadamConfig:
       >>> compat.keras.read_config({f"Nadam/{name}": np.float32(x) for name, x in numbers.items()}).b1
       0.8
     """
-    return states.read_config(source)
+    stored = read_source(source)
+    if not stored.config:
+        raise ValueError(_NO_HYPERPARAMETERS)
+    return config_from(stored.config)

@@ -11,17 +11,38 @@ import optax
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam.compat import _timm_config as configs
-from optax_nadam.compat import _torch_groups as groups
-from optax_nadam.compat import _torch_sources as sources
-from optax_nadam.compat import _torch_state as states
-from optax_nadam.compat._common import build
-from optax_nadam.compat._torch_config import parse_lr
+from optax_nadam._rules import RULES
+from optax_nadam.compat import _torch_groups as shared
+from optax_nadam.compat._common import as_number, build, cannot_express, config_of, rule_of
+from optax_nadam.compat._torch_leaves import Matched
+from optax_nadam.compat._torch_read import Layout, Source, nested, read, whole
+from optax_nadam.compat._torch_state import dump, groups_to_dump, load
 
 __all__ = ["config_from", "config_to", "dump_state", "from_groups", "load_state", "nadamlegacy", "nadamw"]
 
-_NADAMW = sources.Layout(configs.NADAMW, product=None)
-_LEGACY = sources.Layout(configs.LEGACY, product="m_schedule", python_numbers=True)
+_NADAMW = Layout("timm.optim.NAdamW", product=None)
+_LEGACY = Layout("timm.optim.NAdamLegacy", product="m_schedule", python_numbers=True)
+_NAMES = {
+    **shared.NAMES,
+    "weight_decay_peak_learning_rate": "max_lr_snapshot",
+    "clip_by_gradient_rms": "clipping_threshold",
+    "cautious": "caution",
+}
+_LEGACY_NAMES = {**shared.NAMES, "momentum_decay": "schedule_decay"}
+_NUMBERS = ("lr", "betas", "eps", "weight_decay")
+_CHOICES = {"caution": False, "corrected_weight_decay": False, "maximize": False} | dict.fromkeys(
+    ("max_lr_snapshot", "clipping_threshold")
+)
+_EXECUTION = {"foreach": None, "capturable": False}
+_LEGACY_NUMBERS = (*_NUMBERS, "schedule_decay")
+_LEGACY_FIELDS = (*shared.FIELDS, "complex_as_real")
+_NADAMW_FIELDS = (*_LEGACY_FIELDS, "weight_decay_peak_learning_rate", "clip_by_gradient_rms", "cautious", "maximize")
+_OTHER_RULE = (
+    "timm.optim.NAdamW follows 'simplified', timm.optim.NAdamLegacy 'scheduled': pass dataclasses.replace(config,"
+    " rule='simplified') for the first, dataclasses.replace(config, rule='scheduled') for the second."
+)
+_COUPLED = "It adds weight decay to the gradient: pass dataclasses.replace(config, coupled_weight_decay=True)."
+_DECOUPLED = "It adds no weight decay to the gradient: pass dataclasses.replace(config, coupled_weight_decay=False)."
 
 
 def nadamw(
@@ -47,11 +68,11 @@ def nadamw(
       lr: learning rate, a number, an array or an Optax schedule; a number is not negative.
       betas: decays of the two moments, each in [0, 1).
       eps: added to the root, not negative.
-      weight_decay: taken off the parameters, times ``lr``; not negative; 0 for none.
+      weight_decay: ``lr * weight_decay * parameter`` is subtracted from the parameter; not negative; 0 for none.
       caution: drop elements of the update that point away from the gradient.
       corrected_weight_decay: weight decay is multiplied by ``lr**2 / max_lr_snapshot`` in place of ``lr``.
       maximize: ascend.
-      foreach: how timm runs, not what it computes: without effect here, as the one that follows.
+      foreach: without effect here, as the one that follows: it says how timm runs, not what it computes.
       capturable: likewise.
       clipping_threshold: the largest root mean square of the gradient over its own scale in a leaf that does not
         shrink the update, positive; None for no limit.
@@ -84,10 +105,10 @@ def nadamw(
         if not validation.is_number(lr):
             raise ValueError(f"max_lr_snapshot must be the largest lr where lr is not a number, got lr={lr!r}.")
         max_lr_snapshot = lr
-    fields = configs.fields(
-        betas, eps, weight_decay, caution, corrected_weight_decay, maximize, clipping_threshold, max_lr_snapshot
+    fields = _nadamw_fields(
+        betas, eps, weight_decay, caution, corrected_weight_decay, maximize, max_lr_snapshot, clipping_threshold
     )
-    return build(parse_lr(lr), configs.NAMES, fields)
+    return build(shared.parse_lr(lr), _NAMES, fields)
 
 
 def nadamlegacy(
@@ -99,14 +120,14 @@ def nadamlegacy(
 ) -> optax.GradientTransformationExtraArgs:
     r"""``timm.optim.NAdamLegacy``, with its arguments, order and defaults.
 
-    Its step is the ``scheduled`` rule of :func:`optax_nadam.scale_by_nadam`. Complex leaves, which timm squares as
-    they are, are not offered as there.
+    Its step is the ``scheduled`` rule of :func:`optax_nadam.scale_by_nadam`. Complex leaves are not
+    supported: timm squares them as they are.
 
     Args:
       lr: learning rate, a number, an array or an Optax schedule; a number is not negative.
       betas: decays of the two moments, each in [0, 1).
       eps: added to the root, not negative.
-      weight_decay: added to the gradient, times the parameters; not negative; 0 for none.
+      weight_decay: ``weight_decay * parameter`` is added to the gradient; not negative; 0 for none.
       schedule_decay: how fast the momentum rises, per step, not negative.
 
     Returns:
@@ -129,14 +150,13 @@ def nadamlegacy(
 
     Source: ``timm/optim/nadam.py`` of timm 1.0.31.
     """
-    fields = configs.legacy_fields(betas, eps, weight_decay, schedule_decay)
-    return build(parse_lr(lr), configs.LEGACY_NAMES, fields)
+    return build(shared.parse_lr(lr), _LEGACY_NAMES, _legacy_fields(betas, eps, weight_decay, schedule_decay))
 
 
 def config_from(config: Mapping[str, Any]) -> NadamConfig:
     """The hyperparameters of a parameter group of ``NAdamW``, or of ``NAdamLegacy`` where it has ``schedule_decay``.
 
-    The learning rate is the group's as it is now; what a scheduler noted in the group, such as ``initial_lr`` and
+    The learning rate is the group's current one; what a scheduler noted in the group, such as ``initial_lr`` and
     ``lr_scale``, is not read. Groups of older releases, which lack some keys of NAdamW, are read as timm reads them.
 
     Args:
@@ -150,6 +170,9 @@ def config_from(config: Mapping[str, Any]) -> NadamConfig:
         ``corrected_weight_decay`` wrote no ``max_lr_snapshot``: add it, the ``lr`` that the optimizer was made with.
       TypeError: a value that is not a number.
 
+    Warns:
+      UserWarning: as :func:`optax_nadam.compat.torch.config_from`.
+
     Examples:
       >>> from optax_nadam.compat import timm as timm_names
       >>> group = {"lr": 0.001, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01, "caution": True,
@@ -161,7 +184,13 @@ def config_from(config: Mapping[str, Any]) -> NadamConfig:
 
     Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    return configs.config_from(config)
+    if _layout_of([config]) is _LEGACY:
+        shared.check_group(f"{_LEGACY.optimizer} group", config, _LEGACY_NUMBERS, _LEGACY_NUMBERS)
+        given = {name: as_number(config[name]) for name in _LEGACY_NUMBERS}
+        return config_of(_LEGACY_NAMES, {"learning_rate": shared.parse_lr(given.pop("lr")), **_legacy_fields(**given)})
+    _check_nadamw_group(config)
+    given = {name: as_number(config.get(name, _CHOICES.get(name))) for name in (*_NUMBERS, *_CHOICES)}
+    return config_of(_NAMES, {"learning_rate": shared.parse_lr(given.pop("lr")), **_nadamw_fields(**given)})
 
 
 def config_to(config: NadamConfig) -> dict[str, Any]:
@@ -178,7 +207,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
       The group's keys but ``params``.
 
     Raises:
-      ValueError: the config has something that the optimizer cannot express; named in the text.
+      ValueError: a field is set that the optimizer cannot express; the text names it and what to pass.
 
     Examples:
       >>> import optax_nadam
@@ -190,7 +219,10 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
 
     Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    return configs.config_to(config)
+    rule = rule_of(config)
+    if rule not in (RULES["simplified"], RULES["scheduled"]):
+        raise cannot_express("timm", "rule", config.rule, _OTHER_RULE)
+    return _nadamw_group(config) if rule == RULES["simplified"] else _legacy_group(config)
 
 
 def from_groups(
@@ -200,45 +232,22 @@ def from_groups(
     names: Sequence[str] | None = None,
     weights: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a whole checkpoint, however many parameter groups it has.
-
-    Groups that differ in weight decay only become one Nadam, with a mask for each weight decay. Others become an
-    ``optax.partition`` with a Nadam for each set of hyperparameters. Parameters that never stepped where others did
-    are frozen: ``optax.set_to_zero`` leaves them alone, as timm does. :func:`load_state` of the same
-    checkpoint then fills the optimizer's state in one call, each Nadam from its own leaves.
-
-    Args:
-      param_groups: best the whole checkpoint, as :func:`load_state` takes it, which tells what is frozen and has the
-        shapes of the parameters; or its ``param_groups`` alone.
-      to_params: as in :func:`load_state`. From ``param_groups`` alone it gets placeholders, of which it may take
-        ``.T`` and other methods of arrays; where it needs arrays, pass the checkpoint or ``weights``.
-      names: as in :func:`load_state`.
-      weights: as in :func:`load_state`; what the optimizer does not have is frozen.
-
-    Returns:
-      A gradient transformation. With one set of hyperparameters it is that of ``config_from(group).build()``.
-
-    Raises:
-      ValueError: as :func:`config_from` and :func:`load_state`; a leaf is made of parameters of different groups.
-      TypeError: as :func:`config_from`.
-
-    Warns:
-      UserWarning: as :func:`config_from`.
+    """The optimizer of a whole checkpoint, as :func:`optax_nadam.compat.torch.from_groups` makes it of torch's.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> from optax_nadam import NadamConfig, compat
       >>> group = compat.timm.config_to(NadamConfig(rule="simplified", learning_rate=0.01, weight_decay=0.1))
-      >>> groups = [{**group, "params": [0], "param_names": ["w"]},
-      ...           {**group, "params": [1], "param_names": ["b"], "weight_decay": 0.0}]
-      >>> tx = compat.timm.from_groups(groups, lambda weights: {"w": weights["w"].T, "b": weights["b"]})
+      >>> groups = [{**group, "params": [0]}, {**group, "params": [1], "weight_decay": 0.0}]
+      >>> weights = [jnp.ones((2, 3)), jnp.ones(2)]
+      >>> tx = compat.timm.from_groups(groups, lambda arrays: {"w": arrays[0].T, "b": arrays[1]}, weights=weights)
       >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
       >>> updates, state = tx.update({"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}, tx.init(params), params)
       >>> float(updates["w"][0, 0]) < 0, float(updates["b"][0])
       (True, -0.0)
     """
-    whole = param_groups if isinstance(param_groups, Mapping) else {"state": {}, "param_groups": param_groups}
-    return groups.from_groups(sources.read(whole, _layout_of, names, weights), to_params, config_from)
+    found = _read(whole(param_groups), names, weights)
+    return shared.optimizer_of(Matched(found, to_params), [config_from(group) for group in found.groups])
 
 
 def load_state(
@@ -251,38 +260,11 @@ def load_state(
     weights: Mapping[str, Any] | Sequence[Any] | None = None,
     mismatch: str = "raise",
 ) -> Any:
-    """The optimizer state that continues where timm's ``NAdamW`` or ``NAdamLegacy`` stopped: the next step is theirs.
+    """The optimizer state that continues where timm's ``NAdamW`` or ``NAdamLegacy`` stopped.
 
-    Hyperparameters are not read: build the optimizer with :func:`from_groups`, :func:`config_from` or a constructor
-    first. Where it has several Nadams (``optax.partition``), each gets the steps and moments of its own leaves.
-    See "Every checkpoint" in the documentation for what to pass for which kind of file. Which of the two wrote the
-    checkpoint is seen by its groups' keys.
-
-    Args:
-      opt_state: the state that ``tx.init(params)`` made; it is not changed. The Nadam may be anywhere inside.
-      source: what ``optimizer.state_dict()`` returned, or ``get_optimizer_state_dict`` of torch.distributed, flattened
-        or not, with tensors or NumPy arrays inside.
-      to_params: the function that turns the model's weights, NumPy arrays by name as in its ``state_dict()``, into
-        the params tree, transposes and all. The moments have the shapes of the weights and go the same way. Where
-        parameters have no names, it gets a list in the optimizer's order.
-      config: the hyperparameters of the optimizer that continues, from which a product of the momenta that ``source``
-        does not store is computed; None for those of the checkpoint's own groups.
-      names: names of the parameters in the optimizer's order, one group after another:
-        ``[n for n, _ in model.named_parameters()]`` where it was made of ``model.parameters()``. None takes those of
-        the checkpoint, which has them where the optimizer was made of ``model.named_parameters()``.
-      weights: the model's own arrays, as ``to_params`` takes them, whose shapes are compared with those of the
-        moments, and serve for what has no moments yet.
-      mismatch: ``"raise"``, or ``"largest"`` to continue from the largest step, where parameters have taken different
-        numbers of steps.
-
-    Returns:
-      A new state. Arrays are copied. The product of the momenta, which NAdamW neither stores nor needs, is
-      that of its step.
-
-    Raises:
-      ValueError: ``source`` is not such a checkpoint, or has shards only; parameters of one Nadam differ in their steps
-        or never stepped, which the text names; names, weights or moments do not fit; weights are tied.
-      TypeError: a moment is not an array of numbers.
+    Arguments and errors are those of :func:`optax_nadam.compat.torch.load_state`. The keys of the groups tell which of
+    the two wrote the checkpoint. NAdamW neither stores nor needs a product of the momenta: it is computed from
+    ``config``, or else from the groups' hyperparameters, of which :func:`config_from` may warn.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -298,17 +280,11 @@ def load_state(
       ...     tx.init({"kernel": jnp.zeros((3, 2))}), source, lambda arrays: {"kernel": arrays[0].T})
       >>> int(optax.tree.get(state, "count")), optax.tree.get(state, "m")["kernel"].shape
       (7, (3, 2))
-
-    Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    return states.load_state(
-        opt_state,
-        sources.read(source, _layout_of, names, weights),
-        to_params,
-        config_from=config_from,
-        config=config,
-        mismatch=mismatch,
-    )
+    found = _read(source, names, weights)
+    needed = config is None and found.layout.product is None
+    configs = [config_from(group) if needed else config for group in found.groups]
+    return load(opt_state, Matched(found, to_params), configs, mismatch)
 
 
 def dump_state(
@@ -317,30 +293,13 @@ def dump_state(
     *,
     config: NadamConfig | None = None,
     param_groups: Sequence[Mapping[str, Any]] | None = None,
+    params: Any = None,
     as_tensor: Callable[[np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
     """The checkpoint from which timm's ``NAdamW`` or ``NAdamLegacy`` continues, the inverse of :func:`load_state`.
 
-    Args:
-      opt_state: a state with a Nadam in it, or with several that have leaves of their own, as :func:`from_groups` makes
-        them; they treat complex leaves as two real ones. What no Nadam has is left out, as what never stepped.
-      from_params: the inverse of ``to_params``: turns the params tree into NumPy arrays by name, or into a list of
-        them, **in the order of the optimizer's parameters**. torch goes by order alone.
-      config: the hyperparameters, for one group of all parameters.
-      param_groups: in place of ``config``, the groups that are wanted, best those of the optimizer that continues,
-        ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``, arrays by name are put in their
-        order; where several groups have none, ``from_params`` must return a list, one group after another. A group
-        with ``schedule_decay``, or a config with the rule ``scheduled``, is NAdamLegacy's.
-      as_tensor: what makes a tensor of an array, ``torch.from_numpy``. torch's ``load_state_dict`` needs tensors;
-        None leaves NumPy arrays.
-
-    Returns:
-      A dict for ``optimizer.load_state_dict``, with ``param_names`` where a config made the group and ``from_params``
-      gave names.
-
-    Raises:
-      ValueError: the parameters do not fit the groups; or as :func:`config_to`.
-      TypeError: ``from_params`` returned neither a dict nor a list.
+    Arguments and errors are those of :func:`optax_nadam.compat.torch.dump_state`. The checkpoint is NAdamLegacy's where
+    a group has ``schedule_decay``, or the config the rule ``scheduled``.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -351,13 +310,87 @@ def dump_state(
       >>> dumped = timm_names.dump_state(state, lambda params: [params["kernel"].T], config=config)
       >>> dumped["state"][0]["m_schedule"], dumped["state"][0]["exp_avg"].shape
       (1.0, (2, 3))
-
-    Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    wanted = states.groups_to_dump(config, param_groups, configs.config_to)
-    return states.dump_state(opt_state, from_params, wanted, layout=_layout_of(wanted), as_tensor=as_tensor)
+    groups = groups_to_dump(None if config is None else config_to(config), param_groups)
+    return dump(opt_state, from_params, groups, _layout_of(groups), params, as_tensor)
 
 
-def _layout_of(groups: Sequence[Mapping[str, Any]]) -> sources.Layout:
+def _read(source: Any, names: Sequence[str] | None, weights: Mapping[str, Any] | Sequence[Any] | None) -> Source:
+    """A checkpoint of either optimizer."""
+    checkpoint = nested(source, _NADAMW.optimizer)
+    return read(checkpoint, _layout_of(checkpoint["param_groups"]), names, weights)
+
+
+def _layout_of(groups: Sequence[Mapping[str, Any]]) -> Layout:
     """What the optimizer of these groups stores."""
-    return _LEGACY if any(map(configs.is_legacy, groups)) else _NADAMW
+    return _LEGACY if any("schedule_decay" in group for group in groups) else _NADAMW
+
+
+def _check_nadamw_group(group: Mapping[str, Any]) -> None:
+    """Rejects what is no group of ``NAdamW``."""
+    what = f"{_NADAMW.optimizer} group"
+    # Other optimizers of timm have groups with the numbers alone.
+    shared.check_group(what, group, (*_NUMBERS, "maximize", "capturable"), (*_NUMBERS, *_CHOICES, *_EXECUTION))
+    if group.get("corrected_weight_decay") and group.get("max_lr_snapshot") is None:
+        raise ValueError(f"{what} with corrected_weight_decay lacks max_lr_snapshot: add the lr it was made with.")
+
+
+def _nadamw_fields(
+    betas: Any,
+    eps: Any,
+    weight_decay: Any,
+    caution: Any,
+    corrected_weight_decay: Any,
+    maximize: Any,
+    max_lr_snapshot: Any,
+    clipping_threshold: Any,
+) -> dict[str, Any]:
+    """The fields of the config that these arguments of ``NAdamW`` choose."""
+    validation.check_bool("corrected_weight_decay", corrected_weight_decay)
+    return {
+        **shared.pair(betas),
+        "eps": eps,
+        "rule": "simplified",
+        "weight_decay": weight_decay,
+        "weight_decay_peak_learning_rate": max_lr_snapshot if corrected_weight_decay else None,
+        "clip_by_gradient_rms": clipping_threshold,
+        "cautious": caution,
+        "maximize": maximize,
+        "complex_as_real": True,
+    }
+
+
+def _legacy_fields(betas: Any, eps: Any, weight_decay: Any, schedule_decay: Any) -> dict[str, Any]:
+    """The fields of the config that these arguments of ``NAdamLegacy`` choose."""
+    return {
+        **shared.pair(betas),
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "momentum_decay": schedule_decay,
+        "coupled_weight_decay": True,
+    }
+
+
+def _nadamw_group(config: NadamConfig) -> dict[str, Any]:
+    """The group of ``NAdamW``."""
+    shared.check_fields(config, _NADAMW.optimizer, _NADAMW_FIELDS)
+    if config.weight_decay and config.coupled_weight_decay:
+        raise cannot_express(_NADAMW.optimizer, "coupled_weight_decay", True, _DECOUPLED)
+    peak = config.weight_decay_peak_learning_rate
+    return {
+        **shared.shared_arguments(config),
+        "caution": config.cautious,
+        "corrected_weight_decay": peak is not None,
+        "max_lr_snapshot": config.learning_rate if peak is None else peak,
+        "maximize": config.maximize,
+        **_EXECUTION,
+        "clipping_threshold": config.clip_by_gradient_rms,
+    }
+
+
+def _legacy_group(config: NadamConfig) -> dict[str, Any]:
+    """The group of ``NAdamLegacy``."""
+    shared.check_fields(config, _LEGACY.optimizer, _LEGACY_FIELDS)
+    if config.weight_decay and not config.coupled_weight_decay:
+        raise cannot_express(_LEGACY.optimizer, "coupled_weight_decay", False, _COUPLED)
+    return {**shared.shared_arguments(config), "schedule_decay": config.momentum_decay}

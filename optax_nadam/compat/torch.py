@@ -9,16 +9,28 @@ from typing import Any
 import numpy as np
 import optax
 
+from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam.compat import _torch_config as configs
-from optax_nadam.compat import _torch_groups as groups
-from optax_nadam.compat import _torch_sources as sources
-from optax_nadam.compat import _torch_state as states
-from optax_nadam.compat._common import build
+from optax_nadam._rules import RULES
+from optax_nadam.compat import _torch_groups as shared
+from optax_nadam.compat._common import as_number, build, cannot_express, config_of, rule_of
+from optax_nadam.compat._torch_leaves import Matched
+from optax_nadam.compat._torch_read import Layout, read, whole
+from optax_nadam.compat._torch_state import dump, groups_to_dump, load
 
 __all__ = ["config_from", "config_to", "dump_state", "from_groups", "load_state", "nadam"]
 
-_LAYOUT = sources.Layout(configs.OPTIMIZER, product="mu_product")
+_OPTIMIZER = "torch.optim.NAdam"
+_LAYOUT = Layout(_OPTIMIZER, product="mu_product")
+_NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum_decay")
+_CHOICES = ("decoupled_weight_decay", "maximize")
+_EXECUTION = {"foreach": None, "capturable": False, "differentiable": False}
+# So large that the momentum is b1 from the first step on.
+_NO_WARMUP = 1e4
+_OTHER_RULE = (
+    "It follows 'scheduled' since torch 2.0, or 'constant': pass dataclasses.replace(config, rule='scheduled')."
+)
+_WRONG_STEP = "The differentiable step of torch 2.0 was wrong; pass rule='scheduled' for the right one."
 
 
 def nadam(
@@ -46,11 +58,12 @@ def nadam(
       eps: added to the root, not negative.
       weight_decay: not negative; 0 for none.
       momentum_decay: how fast the momentum rises, per step, not negative.
-      decoupled_weight_decay: False adds weight decay to the gradient, True takes it off the parameter, times ``lr``.
+      decoupled_weight_decay: False adds weight decay to the gradient, True subtracts
+        ``lr * weight_decay * parameter`` from the parameter.
       maximize: ascend.
-      foreach: how torch runs, not what it computes: without effect here, as the two that follow.
+      foreach: without effect here, as the two that follow: it says how torch runs, not what it computes.
       capturable: likewise.
-      differentiable: likewise; what is here is differentiable.
+      differentiable: likewise; this optimizer is differentiable.
 
     To change ``lr`` from outside, ``optax.inject_hyperparams(nadam, static_args=("eps", "weight_decay",
     "momentum_decay"))``.
@@ -76,14 +89,14 @@ def nadam(
     Source: ``torch/optim/nadam.py`` of torch 2.13.
     """
     del foreach, capturable, differentiable
-    fields = configs.fields(betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, maximize)
-    return build(configs.parse_lr(lr), configs.NAMES, fields)
+    fields = _fields(betas, eps, weight_decay, momentum_decay, decoupled_weight_decay, maximize)
+    return build(shared.parse_lr(lr), shared.NAMES, fields)
 
 
 def config_from(config: Mapping[str, Any], *, rule: str | None = None) -> NadamConfig:
     """The hyperparameters of a parameter group of ``torch.optim.NAdam``.
 
-    The learning rate is the group's as it is now; what a scheduler noted in the group, such as ``initial_lr``, is not
+    The learning rate is the group's current one; what a scheduler noted in the group, such as ``initial_lr``, is not
     read. Groups of torch 1.10 to 1.13, which lack the key ``differentiable``, get the rule ``torch1``, as those
     versions divided by another product of momenta; but not with ``foreach=True``, which was right even then.
 
@@ -99,6 +112,9 @@ def config_from(config: Mapping[str, Any], *, rule: str | None = None) -> NadamC
         of torch 2.0, whose step was neither rule.
       TypeError: a value that is not a number.
 
+    Warns:
+      UserWarning: a key that torch does not read is ignored, or ``OneCycleLR`` has cycled ``betas[0]``.
+
     Examples:
       >>> from optax_nadam.compat import torch as torch_names
       >>> group = {"lr": 0.002, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "momentum_decay": 0.004,
@@ -110,7 +126,12 @@ def config_from(config: Mapping[str, Any], *, rule: str | None = None) -> NadamC
 
     Source: ``torch/optim/nadam.py`` of torch 1.13, 2.0, 2.1 and 2.13.
     """
-    return configs.config_from(config, rule)
+    shared.check_group(f"{_OPTIMIZER} group", config, _NUMBERS, (*_NUMBERS, *_CHOICES, *_EXECUTION))
+    if rule not in (None, "scheduled", "torch1"):
+        raise ValueError(f"rule must be None, 'scheduled' or 'torch1', got {rule!r}.")
+    given = {name: as_number(config.get(name, False)) for name in (*_NUMBERS, *_CHOICES)}
+    lr = shared.parse_lr(given.pop("lr"))
+    return config_of(shared.NAMES, {"learning_rate": lr, "rule": rule or _rule_by_keys(config), **_fields(**given)})
 
 
 def config_to(config: NadamConfig) -> dict[str, Any]:
@@ -127,7 +148,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
       All arguments but ``params``.
 
     Raises:
-      ValueError: a field is set that torch cannot express; named in the text.
+      ValueError: a field is set that torch cannot express; the text names it and what to pass.
 
     Examples:
       >>> import optax_nadam
@@ -138,7 +159,17 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
 
     Source: ``torch/optim/nadam.py`` of torch 2.13.
     """
-    return configs.config_to(config)
+    shared.check_fields(config, _OPTIMIZER, (*shared.FIELDS, "maximize", "complex_as_real"))
+    rule = rule_of(config)
+    if rule not in (RULES["scheduled"], RULES["constant"]):
+        raise cannot_express(_OPTIMIZER, "rule", config.rule, _OTHER_RULE)
+    return {
+        **shared.shared_arguments(config),
+        "momentum_decay": config.momentum_decay if rule.momentum_schedule else _NO_WARMUP,
+        "decoupled_weight_decay": not config.coupled_weight_decay,
+        "maximize": config.maximize,
+        **_EXECUTION,
+    }
 
 
 def from_groups(
@@ -156,18 +187,19 @@ def from_groups(
     checkpoint then fills the optimizer's state in one call, each Nadam from its own leaves.
 
     Args:
-      param_groups: best the whole checkpoint, as :func:`load_state` takes it, which tells what is frozen and has the
-        shapes of the parameters; or its ``param_groups`` alone.
-      to_params: as in :func:`load_state`. From ``param_groups`` alone it gets placeholders, of which it may take
-        ``.T`` and other methods of arrays; where it needs arrays, pass the checkpoint or ``weights``.
+      param_groups: preferably the whole checkpoint, as :func:`load_state` takes it, which tells what is frozen and has
+        the shapes of the parameters; or its ``param_groups`` alone, which need ``weights`` where they differ.
+      to_params: as in :func:`load_state`.
       names: as in :func:`load_state`.
-      weights: as in :func:`load_state`; what the optimizer does not have is frozen.
+      weights: as in :func:`load_state`; needed for parameters that never stepped. What is in ``weights``, but not in
+        the optimizer, is frozen.
 
     Returns:
       A gradient transformation. With one set of hyperparameters it is that of ``config_from(group).build()``.
 
     Raises:
-      ValueError: as :func:`config_from` and :func:`load_state`; a leaf is made of parameters of different groups.
+      ValueError: as :func:`config_from` and :func:`load_state`; a leaf is made of parameters of different groups; the
+        shapes of parameters are needed and not known.
       TypeError: as :func:`config_from`.
 
     Warns:
@@ -179,14 +211,16 @@ def from_groups(
       >>> group = compat.torch.config_to(NadamConfig(learning_rate=0.01, weight_decay=0.1))
       >>> groups = [{**group, "params": [0], "param_names": ["w"]},
       ...           {**group, "params": [1], "param_names": ["b"], "weight_decay": 0.0}]
-      >>> tx = compat.torch.from_groups(groups, lambda weights: {"w": weights["w"].T, "b": weights["b"]})
-      >>> params = {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}
+      >>> def to_params(weights):
+      ...     return {"w": weights["w"].T, "b": weights["b"]}
+      >>> weights = {"w": jnp.ones((2, 3)), "b": jnp.ones(2)}
+      >>> tx, params = compat.torch.from_groups(groups, to_params, weights=weights), to_params(weights)
       >>> updates, state = tx.update({"w": jnp.zeros((3, 2)), "b": jnp.zeros(2)}, tx.init(params), params)
       >>> float(updates["w"][0, 0]) < 0, float(updates["b"][0])
       (True, -0.0)
     """
-    whole = param_groups if isinstance(param_groups, Mapping) else {"state": {}, "param_groups": param_groups}
-    return groups.from_groups(sources.read(whole, _layout_of, names, weights), to_params, config_from)
+    found = read(whole(param_groups), _LAYOUT, names, weights)
+    return shared.optimizer_of(Matched(found, to_params), [config_from(group) for group in found.groups])
 
 
 def load_state(
@@ -248,14 +282,8 @@ def load_state(
 
     Source: ``torch/optim/optimizer.py`` and ``nadam.py`` of torch 2.13.
     """
-    return states.load_state(
-        opt_state,
-        sources.read(source, _layout_of, names, weights),
-        to_params,
-        config_from=config_from,
-        config=config,
-        mismatch=mismatch,
-    )
+    found = read(source, _LAYOUT, names, weights)
+    return load(opt_state, Matched(found, to_params), [config] * len(found.groups), mismatch)
 
 
 def dump_state(
@@ -264,6 +292,7 @@ def dump_state(
     *,
     config: NadamConfig | None = None,
     param_groups: Sequence[Mapping[str, Any]] | None = None,
+    params: Any = None,
     as_tensor: Callable[[np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
     """The checkpoint from which ``torch.optim.NAdam`` continues, the inverse of :func:`load_state`.
@@ -274,9 +303,10 @@ def dump_state(
       from_params: the inverse of ``to_params``: turns the params tree into NumPy arrays by name, or into a list of
         them, **in the order of the torch optimizer's parameters**. torch goes by order alone.
       config: the hyperparameters, for one group of all parameters.
-      param_groups: in place of ``config``, the groups that are wanted, best those of the optimizer that continues,
-        ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``, arrays by name are put in their
-        order; where several groups have none, ``from_params`` must return a list, one group after another.
+      param_groups: in place of ``config``, the groups that are wanted, preferably those of the optimizer that
+        continues, ``optimizer.state_dict()["param_groups"]``. Where these have ``param_names``, arrays by name are put
+        in their order; where several groups have none, ``from_params`` must return a list, one group after another.
+      params: the params, needed where no Nadam has some of their leaves, for the shapes of these.
       as_tensor: what makes a tensor of an array, ``torch.from_numpy``. torch's ``load_state_dict`` needs tensors;
         None leaves NumPy arrays.
 
@@ -285,7 +315,7 @@ def dump_state(
       gave names.
 
     Raises:
-      ValueError: the parameters do not fit the groups; or as :func:`config_to`.
+      ValueError: the parameters do not fit the groups; ``params`` are needed; or as :func:`config_to`.
       TypeError: ``from_params`` returned neither a dict nor a list.
 
     Examples:
@@ -301,11 +331,28 @@ def dump_state(
 
     Source: ``torch/optim/optimizer.py`` and ``nadam.py`` of torch 2.13.
     """
-    wanted = states.groups_to_dump(config, param_groups, configs.config_to)
-    return states.dump_state(opt_state, from_params, wanted, layout=_layout_of(wanted), as_tensor=as_tensor)
+    groups = groups_to_dump(None if config is None else config_to(config), param_groups)
+    return dump(opt_state, from_params, groups, _LAYOUT, params, as_tensor)
 
 
-def _layout_of(groups: Sequence[Mapping[str, Any]]) -> sources.Layout:
-    """What the optimizer of these groups stores."""
-    del groups
-    return _LAYOUT
+def _fields(
+    betas: Any, eps: Any, weight_decay: Any, momentum_decay: Any, decoupled_weight_decay: Any, maximize: Any
+) -> dict[str, Any]:
+    """The fields of the config that these arguments choose."""
+    validation.check_bool("decoupled_weight_decay", decoupled_weight_decay)
+    return {
+        **shared.pair(betas),
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "momentum_decay": momentum_decay,
+        "coupled_weight_decay": not decoupled_weight_decay,
+        "maximize": maximize,
+        "complex_as_real": True,
+    }
+
+
+def _rule_by_keys(group: Mapping[str, Any]) -> str:
+    """The rule of the version that wrote a group: 1.12 brought ``foreach``, 2.0 ``differentiable``, 2.1 the others."""
+    if group.get("differentiable") and "capturable" not in group:
+        raise cannot_express("NadamConfig", "differentiable", True, _WRONG_STEP)
+    return "scheduled" if "differentiable" in group or group.get("foreach") else "torch1"

@@ -19,7 +19,7 @@ from jax import numpy as jnp
 from jax.sharding import PartitionSpec
 
 import optax_nadam
-from benchmarks import byte_kernel, options
+from benchmarks import options
 from benchmarks.ahead_of_time import (
     GPT2,
     LARGE,
@@ -127,20 +127,6 @@ def test_narrow_moments(target, chips, shapes, dtype, name):
     assert set(kernels(step)) <= OF_SCALES[target]
     assert not collectives(step)
     assert step.memory_analysis().temp_size_in_bytes <= room(shapes, target, chips)
-
-
-def test_byte_kernel():
-    """What the library's own leaf update costs as one kernel: less alone, more in a chain with others."""
-    after = optax.add_decayed_weights(1e-4), optax.scale_by_learning_rate(1e-3)
-    by_kernel, ours = (
-        compiled_step(optax.chain(nadam, *after), LARGE, mesh_of("tpu", 1))
-        for nadam in (byte_kernel.scale_by_kernel(), byte_kernel.OURS)
-    )
-    assert kernels(by_kernel)["tpu_custom_call"] == 1
-    assert 24 <= traffic(by_kernel) / size(LARGE) < 24.01
-    assert 22 <= traffic(ours) / size(LARGE) < 22.01
-    with pytest.raises(NotImplementedError, match="cannot be automatically partitioned"):
-        compiled_step(byte_kernel.scale_by_kernel(), LARGE, mesh_of("tpu", 16))
 
 
 def test_split_row_of_bytes():

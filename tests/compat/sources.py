@@ -1,7 +1,9 @@
 """A tree of params unlike the model of tests/parity/problem.py, and a recorded checkpoint continued with it."""
 
+import dataclasses
 import json
 import pathlib
+import re
 import warnings
 from typing import Any
 
@@ -14,6 +16,7 @@ from optax_nadam import compat
 from tests.parity.problem import SHAPES, problem, run
 
 BEFORE, AFTER, LR = 12, 8, 0.01
+_ADVICE = re.compile(r"^(\S+) cannot express (\w+)=.*?(dataclasses\.replace\(config, \w+=[^)]*\))", re.DOTALL)
 RECORDINGS = pathlib.Path(__file__).parent / "recordings"
 
 
@@ -53,6 +56,20 @@ def continued(module: str, checkpoint: Any, at: Any, grads: Any, **options: Any)
 def distance(ours: Any, theirs: Any) -> float:
     """The largest difference of two sets of parameters, in units of the learning rate."""
     return max(float(np.max(np.abs(ours[name] - theirs[name]))) for name in theirs) / LR
+
+
+def follow_advice(config_to: Any, config: Any) -> list[tuple[str, str]]:
+    """The optimizer and the field in each error of ``config_to``, one after the other, as the code in it is run."""
+    rejected: list[tuple[str, str]] = []
+    while len(rejected) < 5:
+        try:
+            config_to(config)
+            return rejected
+        except ValueError as error:
+            optimizer, name, code = _ADVICE.findall(str(error))[0]
+            rejected.append((optimizer, name))
+            config = eval(code, {"dataclasses": dataclasses, "config": config})
+    raise AssertionError(f"the advice leads nowhere: {rejected}")
 
 
 def encode(node: Any, arrays: list[np.ndarray]) -> Any:

@@ -9,9 +9,7 @@ import chex
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from flax import serialization
 from jax import numpy as jnp
 
 import optax_nadam
@@ -95,6 +93,7 @@ WRAPPED = {
 
 def through_orbax(state, folder):
     """What Orbax restores of it without a target: dicts, lists and None in place of NamedTuples and tuples."""
+    ocp = pytest.importorskip("orbax.checkpoint")
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(folder / "state", {"opt_state": state})
         checkpointer.wait_until_finished()
@@ -103,6 +102,7 @@ def through_orbax(state, folder):
 
 def through_flax(state, folder):
     """The same by Flax: dicts alone."""
+    serialization = pytest.importorskip("flax.serialization")
     (folder / "state").write_bytes(serialization.msgpack_serialize(serialization.to_state_dict(state)))
     return serialization.msgpack_restore((folder / "state").read_bytes())
 

@@ -1,17 +1,27 @@
-"""compat.timm without timm: beside recordings of it, and what it rejects."""
+"""compat.timm without timm; what it shares with compat.torch is tested there.
+
+====================  ==================================================================================================
+steps                 those of recorded runs of timm; caution and corrected weight decay in numbers
+arguments, groups     every key reaches the config, of either optimizer; groups of others and bad numbers are rejected
+configs               come back as they went; the code in every error leads to a config that timm can express
+warnings              point at the caller's line, also those of load_state
+checkpoints           are continued and dumped in the layout of their optimizer, which the groups' keys tell
+steps that differ     are named, or carried along
+====================  ==================================================================================================
+"""
 
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 import pytest
 from jax import numpy as jnp
 
-from optax_nadam import NadamConfig
+from optax_nadam import NadamConfig, get_state
 from optax_nadam.compat import timm as ours
-from tests.compat.test_torch import ORDER, Recording, keep, moments, zeros
+from tests.compat.sources import follow_advice
+from tests.compat.test_torch import UNSUPPORTED, Recording, keep, zeros
 from tests.parity.problem import gap, problem, run
 
 RECORDED = Recording("timm")
@@ -50,7 +60,7 @@ def test_caution_on_three_numbers(caution, expected):
     np.testing.assert_allclose(trajectory[-1], expected, atol=2e-7)
 
 
-def test_corrected_weight_decay_falls_with_the_square_of_lr():
+def test_corrected_weight_decay():
     params, grads = problem(1, steps=5)
 
     def decay(lr, **options):
@@ -66,7 +76,7 @@ def test_corrected_weight_decay_falls_with_the_square_of_lr():
     np.testing.assert_allclose(decay(schedule, corrected_weight_decay=True, max_lr_snapshot=0.4), 0.0125, rtol=1e-4)
 
 
-def test_execution_only_arguments_change_nothing():
+def test_execution_arguments():
     params, grads = problem(2, steps=3)
     plain, _ = run(ours.nadamw(), params, grads)
     other, _ = run(ours.nadamw(foreach=True, capturable=True), params, grads)
@@ -99,34 +109,24 @@ def test_bad_arguments(make, arguments, kind, text):
         make(**arguments)
 
 
-def test_every_key_of_nadamw_reaches_the_config():
+def test_every_key_of_nadamw():
     group = GROUP | {"lr": 0.5, "betas": [0.7, 0.8], "eps": 0.1, "weight_decay": 0.2, "clipping_threshold": 0.3}
     group |= {"caution": True, "maximize": True, "corrected_weight_decay": True, "max_lr_snapshot": 0.6}
     group |= {"initial_lr": 9.0, "lr_scale": 0.5, "param_names": ["a"]}
-    expected = dataclasses.replace(
-        SIMPLIFIED,
-        learning_rate=0.5,
-        b1=0.7,
-        b2=0.8,
-        eps=0.1,
-        weight_decay=0.2,
-        clip_by_gradient_rms=0.3,
-        cautious=True,
-        maximize=True,
-        weight_decay_peak_learning_rate=0.6,
-    )
-    assert ours.config_from(group) == expected
+    numbers: dict[str, Any] = {"learning_rate": 0.5, "b1": 0.7, "b2": 0.8, "eps": 0.1, "weight_decay": 0.2}
+    numbers |= {"clip_by_gradient_rms": 0.3, "weight_decay_peak_learning_rate": 0.6}
+    assert ours.config_from(group) == dataclasses.replace(SIMPLIFIED, cautious=True, maximize=True, **numbers)
     assert ours.config_from(group | {"corrected_weight_decay": False}).weight_decay_peak_learning_rate is None
 
 
-def test_every_key_of_nadamlegacy_reaches_the_config():
+def test_every_key_of_nadamlegacy():
     group = LEGACY_GROUP | {"lr": 0.5, "betas": [0.7, 0.8], "eps": 0.1, "weight_decay": 0.2, "schedule_decay": 0.3}
     assert ours.config_from(group) == NadamConfig(
         learning_rate=0.5, b1=0.7, b2=0.8, eps=0.1, weight_decay=0.2, momentum_decay=0.3, coupled_weight_decay=True
     )
 
 
-def test_groups_of_older_releases_are_read():
+def test_groups_of_old_releases():
     expected = dataclasses.replace(SIMPLIFIED, learning_rate=1e-3, eps=1e-8, weight_decay=0.01)
     assert ours.config_from(OLD_GROUP) == expected
 
@@ -144,13 +144,13 @@ def test_groups_of_older_releases_are_read():
     ],
     ids=["AdamW", "torch", "legacy", "LaProp", "without lr", "old corrected", "lr 0"],
 )
-def test_groups_of_others_are_rejected(group, text):
+def test_groups_of_others(group, text):
     with pytest.raises(ValueError, match=text):
         ours.config_from(group)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_configs_survive_the_way_through_a_group(case):
+def test_configs_round_trip(case):
     group = CASES[case]["group"]
     config = ours.config_from(group)
     keys = ours.config_to(config)
@@ -158,67 +158,58 @@ def test_configs_survive_the_way_through_a_group(case):
     assert keys | {"params": group["params"], "betas": group["betas"]} == group
 
 
-UNSUPPORTED: dict[str, Any] = {
-    "eps_root": 1e-9,
-    "clip_value": 1.0,
-    "clip_norm": 1.0,
-    "clip_global_norm": 1.0,
-    "accumulate_steps": 2,
-    "m_dtype": "float32",
-    "v_dtype": "float32",
-    "learning_rate": -1.0,
-}
-UNSUPPORTED_IN_LEGACY: dict[str, Any] = UNSUPPORTED | {
-    "weight_decay_peak_learning_rate": 1.0,
-    "clip_by_gradient_rms": 1.0,
-    "cautious": True,
-    "maximize": True,
-}
+DECAY = {"weight_decay": 0.1}
+IN_NADAMW = {"clip_by_gradient_rms": 1.0, "cautious": True, "maximize": True, "weight_decay_peak_learning_rate": 1.0}
+IN_NEITHER = {name: value for name, value in UNSUPPORTED.items() if name not in (*IN_NADAMW, "rule")}
+REJECTED: list[tuple[str, str, dict[str, Any]]] = [
+    *(("NAdamW", name, {"rule": "simplified", name: value}) for name, value in IN_NEITHER.items()),
+    *(("NAdamLegacy", name, {name: value}) for name, value in (IN_NEITHER | IN_NADAMW).items()),
+    ("NAdamW", "coupled_weight_decay", {"rule": "simplified", "coupled_weight_decay": True, **DECAY}),
+    ("NAdamLegacy", "coupled_weight_decay", DECAY),
+]
 
 
-@pytest.mark.parametrize(
-    ("rule", "name", "value"),
-    [("simplified", *field) for field in UNSUPPORTED.items()]
-    + [("scheduled", *field) for field in UNSUPPORTED_IN_LEGACY.items()],
-)
-def test_fields_that_timm_cannot_express_are_rejected_by_name(rule, name, value):
-    with pytest.raises(ValueError, match=f"timm.optim.NAdam[A-Za-z]* cannot express {name}="):
-        ours.config_to(NadamConfig(**{"rule": rule, name: value}))
+@pytest.mark.parametrize(("optimizer", "name", "fields"), REJECTED)
+def test_advice_is_code(optimizer, name, fields):
+    assert follow_advice(ours.config_to, NadamConfig(**fields)) == [(f"timm.optim.{optimizer}", name)]
 
 
-def test_weight_decay_of_the_other_kind_is_rejected():
-    with pytest.raises(
-        ValueError, match=r"NAdamW cannot express coupled_weight_decay=True.*no weight decay to the gradient"
-    ):
-        ours.config_to(NadamConfig(rule="simplified", weight_decay=0.1, coupled_weight_decay=True))
-    with pytest.raises(
-        ValueError, match=r"NAdamLegacy cannot express coupled_weight_decay=False.*weight decay to the gradient"
-    ):
-        ours.config_to(NadamConfig(weight_decay=0.1))
+def test_advice_for_another_rule():
+    assert follow_advice(ours.config_to, NadamConfig(rule="constant")) == [("timm", "rule")]
+    text = r"timm cannot express rule='constant'.*NAdamW follows 'simplified'.*NAdamLegacy 'scheduled'"
+    with pytest.raises(ValueError, match=text):
+        ours.config_to(NadamConfig(rule="constant"))
+
+
+def test_no_decay_is_of_either_kind():
     assert ours.config_to(NadamConfig())["weight_decay"] == 0
     assert ours.config_to(NadamConfig(rule="simplified", coupled_weight_decay=True))["weight_decay"] == 0
 
 
-def test_other_rules_are_rejected():
-    with pytest.raises(ValueError, match=r"timm cannot express rule='constant'.*NAdamW follows 'simplified'"):
-        ours.config_to(NadamConfig(rule="constant"))
+def test_warnings_point_here():
+    checkpoint = RECORDED.checkpoint("checkpoint")
+    groups = checkpoint["param_groups"] = [{**group, "layer_id": 1} for group in checkpoint["param_groups"]]
+    for warns in (lambda: ours.from_groups(groups, keep), lambda: load(checkpoint)):
+        with pytest.warns(UserWarning, match="keys that are ignored: layer_id") as record:
+            warns()
+        assert {warning.filename for warning in record} == {__file__}
 
 
 @pytest.mark.parametrize(("name", "decay"), [("checkpoint", None), ("legacy", 0.5)])
-def test_we_continue_from_a_recorded_checkpoint(name, decay):
+def test_continues_recording(name, decay):
     checkpoint, (at, grads, then) = RECORDED.checkpoint(name), RECORDED.after(name)
     config = ours.config_from(checkpoint["param_groups"][0])
     tx = config.build()
     state = ours.load_state(tx.init(zeros(at)), checkpoint, keep)
     product = 0.9**10 if decay is None else np.prod([0.9 * (1 - 0.5 * 0.96 ** (decay * t)) for t in range(1, 11)])
-    np.testing.assert_allclose(moments(state).mu_product, product, rtol=1e-6)
+    np.testing.assert_allclose(get_state(state).mu_product, product, rtol=1e-6)
     trajectory, state = run(tx, at, grads, state)
     assert gap(trajectory, then, 0.01) < bound(0.01)
-    assert int(moments(state).count) == 20
+    assert int(get_state(state).count) == 20
 
 
 @pytest.mark.parametrize("name", ["checkpoint", "legacy"])
-def test_a_recorded_checkpoint_comes_out_as_it_went_in(name):
+def test_dump_gives_back(name):
     checkpoint = RECORDED.checkpoint(name)
     tx = ours.config_from(checkpoint["param_groups"][0]).build()
     state = ours.load_state(tx.init(zeros(RECORDED.params)), checkpoint, keep)
@@ -235,7 +226,7 @@ def test_a_recorded_checkpoint_comes_out_as_it_went_in(name):
     assert kinds == expected | arrays
 
 
-def test_a_config_chooses_the_layout():
+def test_config_chooses_layout():
     state = ours.nadamlegacy().init({"w": jnp.zeros(2)})
     legacy = ours.dump_state(state, keep, config=ours.config_from(LEGACY_GROUP))
     assert legacy["state"][0].keys() == {"step", "m_schedule", "exp_avg", "exp_avg_sq"}
@@ -258,7 +249,7 @@ def load(checkpoint, **options):
         ("checkpoint", "max_exp_avg_sq", True, r"state of parameter 'kernel' has unknown keys max_exp_avg_sq"),
     ],
 )
-def test_states_of_other_optimizers_are_rejected(name, key, added, text):
+def test_states_of_others(name, key, added, text):
     checkpoint = RECORDED.checkpoint(name)
     entry = checkpoint["state"][1]
     checkpoint["state"][1] = {**entry, key: 0} if added else {k: v for k, v in entry.items() if k != key}
@@ -266,26 +257,18 @@ def test_states_of_other_optimizers_are_rejected(name, key, added, text):
         load(checkpoint)
 
 
-def test_parameters_that_lag_are_named_or_carried_along():
+def test_lagging_parameters():
     checkpoint = RECORDED.checkpoint("checkpoint")
     checkpoint["state"][1]["step"] = np.float32(4)
     del checkpoint["state"][2]
     with pytest.raises(ValueError, match=r"'kernel' took 4; 'scale' took none; 2 others took 10"):
         load(checkpoint)
-    state = moments(load(checkpoint, mismatch="largest", weights=RECORDED.params))
+    state = get_state(load(checkpoint, mismatch="largest", weights=RECORDED.params))
     assert int(state.count) == 10
     assert not state.m["scale"].any()
     np.testing.assert_array_equal(state.m["kernel"], checkpoint["state"][1]["exp_avg"])
 
 
-def test_names_can_be_given():
-    checkpoint = RECORDED.checkpoint("checkpoint")
-    expected = load(checkpoint)
-    for group in checkpoint["param_groups"]:
-        del group["param_names"]
-    jax.tree.map(np.testing.assert_array_equal, load(checkpoint, names=ORDER), expected)
-
-
-def test_what_is_no_checkpoint_is_rejected():
+def test_no_checkpoint():
     with pytest.raises(ValueError, match=r"source must be what timm.optim.NAdamW.state_dict\(\) returns"):
         load({"state_dict": {}})

@@ -1,1 +1,1 @@
-"""Runs beside the real frameworks, which the extra ``parity`` brings; ``python run.py parity`` starts them."""
+"""Runs beside the real frameworks, which the group ``parity`` brings; ``python run.py parity`` starts them."""

@@ -285,22 +285,21 @@ def test_schedules_are_equal_at_every_step(package, case):
     assert back | {"name": None} == schedule.get_config() | {"name": None}
 
 
+SHARED: dict[str, Any] = {"momentum_decay": 1.0, "learning_rate": 2**-7}
+HALVED = ScheduleConfig("piecewise_constant", {"boundaries": [3], "values": [1.0, 0.5]})
 CONFIGS = {
     "keras": [
-        NadamConfig(momentum_decay=1.0, learning_rate=2**-7),
-        NadamConfig(momentum_decay=1.0, learning_rate=2**-7, b1=0.8, b2=0.99, eps=1e-6, weight_decay=0.1),
-        NadamConfig(momentum_decay=1.0, learning_rate=2**-7, clip_norm=0.5, accumulate_steps=4),
-        NadamConfig(momentum_decay=1.0, learning_rate=2**-7, clip_value=0.5),
-        NadamConfig(momentum_decay=1.0, learning_rate=2**-7, clip_global_norm=0.5),
-        NadamConfig(momentum_decay=1.0, learning_rate=2**-7, rule="loss_scaled"),
-        NadamConfig(
-            momentum_decay=1.0,
-            learning_rate=ScheduleConfig("piecewise_constant", {"boundaries": [3], "values": [1.0, 0.5]}),
-        ),
+        NadamConfig(**SHARED),
+        NadamConfig(**SHARED, b1=0.8, b2=0.99, eps=1e-6, weight_decay=0.1),
+        NadamConfig(**SHARED, clip_norm=0.5, accumulate_steps=4, schedule_counts_gradients=True),
+        NadamConfig(**SHARED, clip_value=0.5),
+        NadamConfig(**SHARED, clip_global_norm=0.5),
+        NadamConfig(**SHARED, rule="loss_scaled"),
+        NadamConfig(momentum_decay=1.0, learning_rate=HALVED),
     ],
     "tf_keras": [
-        NadamConfig(momentum_decay=1.0, learning_rate=2**-7, b1=0.8, b2=0.99, eps=1e-6, weight_decay=0.1),
-        NadamConfig(momentum_decay=1.0, learning_rate=2**-7, clip_norm=0.5),
+        NadamConfig(**SHARED, b1=0.8, b2=0.99, eps=1e-6, weight_decay=0.1),
+        NadamConfig(**SHARED, clip_norm=0.5),
     ],
     "legacy": [
         NadamConfig(learning_rate=0.02, b1=0.8, b2=0.99, eps=1e-6),

@@ -1,5 +1,6 @@
 """torch.optim.NAdam itself beside compat.torch: trajectories, groups and checkpoints."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 import torch
 from jax import numpy as jnp
 
-from optax_nadam import NadamConfig
+from optax_nadam import NadamConfig, ScheduleConfig
 from optax_nadam.compat import torch as ours
 from tests import reference
 from tests.parity.problem import SHAPES, STEPS, gap, problem, run
@@ -345,6 +346,20 @@ def test_torch_follows_the_constant_rule_and_optax_nadamw():
     for tx in (config.build(), optax.nadamw(0.01, weight_decay=0.1)):
         trajectory, _ = run(tx, params, grads)
         assert gap(theirs, trajectory, 1.0) < 1e-12
+
+
+def test_a_schedule_of_ours_in_torch():
+    """What the error of config_to says to do about a schedule."""
+    halves = ScheduleConfig("inverse_time_decay", {"initial_learning_rate": 0.01, "decay_steps": 5, "decay_rate": 0.5})
+    config, (params, grads) = NadamConfig(learning_rate=halves, eps=1e-8), problem(15, steps=20)
+    theirs = Theirs(params, nadam(**ours.config_to(dataclasses.replace(config, learning_rate=1.0))))
+    schedule = halves.build()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(theirs.optimizer, lambda step: float(schedule(step)))
+    for grad in grads:
+        last = theirs.run([grad])
+        scheduler.step()
+    trajectory, _ = run(config.build(), params, grads)
+    assert gap({name: x[-1:] for name, x in trajectory.items()}, last, 0.01) < BOUND
 
 
 @pytest.mark.lenient("optax.nadamw mixes dtypes")

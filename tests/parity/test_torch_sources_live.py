@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 
-from tests.compat.test_torch_sources import BOUND, WARNS
+from tests.compat.test_torch_read import BOUND, WARNS
 from tests.parity.torch_sources import KINDS, there_and_back
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 from optax_nadam import compat
-from tests.compat.sources import AFTER, BEFORE, LR, continued, distance, from_params, gradients
+from tests.compat.sources import AFTER, BEFORE, LR, continued, distance, from_params, gradients, to_params
 from tests.parity.problem import SHAPES, gap, problem
 from tests.parity.record_torch import Theirs, timm_optimizers
 
@@ -150,7 +150,9 @@ def there_and_back(kind: Kind) -> tuple[float, float]:
 
     groups = back.optimizer.state_dict()["param_groups"]
     dump = getattr(compat, kind.module).dump_state
-    dumped = dump(state, weights, param_groups=groups, as_tensor=lambda x: torch.from_numpy(np.array(x)))
+    dumped = dump(
+        state, weights, param_groups=groups, params=to_params(at), as_tensor=lambda x: torch.from_numpy(np.array(x))
+    )
     back.optimizer.load_state_dict(dumped)
     return distance(end, expected), gap(back.run(grads), theirs.run(grads), LR)
 

@@ -1,4 +1,4 @@
-"""The version is defined in one place; changelog and citation agree with it."""
+"""The version is defined in one place; changelog and citation agree with it. Ruff's is the same in both places."""
 
 import re
 from pathlib import Path
@@ -22,3 +22,11 @@ def test_the_citation_is_of_this_version_and_its_date():
 def test_every_release_has_recorded_a_state():
     recorded = {path.stem.removeprefix("state-") for path in (ROOT / "tests" / "recordings").glob("state-*.npz")}
     assert recorded == {version for version, _ in RELEASES}
+
+
+def test_a_commit_is_checked_by_the_ruff_of_all_other_runs():
+    hook = re.search(r"/ruff-pre-commit\n +rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    newest = re.search(r"^ruff==(\S+)$", (ROOT / "constraints" / "newest.txt").read_text(), re.M)
+    assert hook
+    assert newest
+    assert hook[1] == newest[1]

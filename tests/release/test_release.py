@@ -79,8 +79,15 @@ def test_the_sdist_has_what_the_tests_need_and_nothing_that_a_run_leaves(sdist):
 
 def test_the_package_asks_for_jax_and_optax_alone(wheel):
     (about,) = metadata.distributions(path=[str(wheel)])
-    needed = [line for line in about.requires or () if "extra ==" not in line]
-    assert sorted(line.split(">=")[0] for line in needed) == ["jax", "optax"]
+    assert sorted(line.split(">=")[0] for line in about.requires or ()) == ["jax", "optax"]
+    assert about.metadata.get_all("Provides-Extra") is None
+
+
+def test_the_wheel_says_where_the_project_is(wheel):
+    (about,) = metadata.distributions(path=[str(wheel)])
+    urls = dict(line.split(", ") for line in about.metadata.get_all("Project-URL") or ())
+    assert set(urls) == {"Homepage", "Documentation", "Source", "Changelog", "Issues"}
+    assert [url for url in urls.values() if not url.startswith("https://")] == []
 
 
 def test_the_installed_wheel_steps_and_its_docstrings_tell_the_truth(pip, wheel, tmp_path):

@@ -1,4 +1,4 @@
-"""What a checkpoint of torch's or timm's stores, parameter by parameter: names, steps, moments and groups.
+"""A checkpoint of torch's or timm's read into one record: names, steps, moments and groups, parameter by parameter.
 
 ``{"state": {id: {"step": ..., "exp_avg": ..., "exp_avg_sq": ...}}, "param_groups": [{"params": [id, ...], ...}]}``
 """
@@ -6,14 +6,15 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax import numpy as jnp
 
-from optax_nadam.compat._common import as_numpy, check_keys
-from optax_nadam.compat._torch_leaves import Label, listed
+from optax_nadam.compat._common import as_numpy, check_keys, without
+
+Label = str | int
 
 _SOURCE = (
     "source must be what {optimizer}.state_dict() returns, with the keys 'state' and 'param_groups', got {got}. From a"
@@ -42,6 +43,14 @@ _WEIGHTS_LACK = (
 _TIED = (
     "weights have equal arrays under {extra!r} and {label!r}, of which the checkpoint has moments of the second only:"
     " they are tied. Leave {extra!r} out of weights, and let to_params take {label!r} for the leaf that they share."
+)
+_NO_SHAPE = (
+    "{labels} never stepped, so that source does not hold the shape of the moments. Pass weights, the model's own"
+    " arrays as to_params takes them."
+)
+_NO_STATE = (
+    "parameter groups do not hold the shapes of {labels}, which groups of several kinds need. Pass the whole checkpoint"
+    " of a run that took a step, or weights, the model's own arrays as to_params takes them."
 )
 
 
@@ -100,25 +109,63 @@ class Source(NamedTuple):
     parameters: dict[Label, Parameter | None]
     weights: Mapping[Label, Any]
 
+    @property
+    def stepped(self) -> dict[Label, Parameter]:
+        """What is stored for the parameters that took a step."""
+        return {label: p for label, p in self.parameters.items() if p is not None}
+
+    @property
+    def steps(self) -> int:
+        """The largest number of steps that a parameter took."""
+        return max((p.step for p in self.stepped.values()), default=0)
+
+    @property
+    def frozen(self) -> list[Label]:
+        """The parameters that took no step where others did, and those that the optimizer does not have."""
+        untrained = [label for label, p in self.parameters.items() if p is None] if self.stepped else []
+        return [*untrained, *(label for label in self.weights if label not in self.parameters)]
+
+    @property
     def shapes(self) -> dict[Label, tuple[int, ...]]:
-        """The shapes of the parameters, as far as they are known."""
-        stepped = {label: p.m.shape for label, p in self.parameters.items() if p is not None}
-        return {label: tuple(x.shape) for label, x in self.weights.items()} | stepped
+        """The shapes of all parameters, those of the optimizer first.
+
+        Raises:
+          ValueError: neither the checkpoint nor the weights have one of them.
+        """
+        known = {label: tuple(x.shape) for label, x in self.weights.items()}
+        known |= {label: p.m.shape for label, p in self.stepped.items()}
+        unknown = [label for label in self.parameters if label not in known]
+        if unknown:
+            raise ValueError((_NO_SHAPE if self.stepped else _NO_STATE).format(labels=listed(unknown)))
+        return {label: known[label] for label in (self.parameters | known)}
+
+    def moments(self, name: str) -> dict[Label, np.ndarray]:
+        """Copies of the moments ``m`` or ``v`` of all parameters, zero where no step was taken.
+
+        Copies, since torch updates in place what an optimizer's state_dict() shows.
+        """
+        stepped = {label: np.array(getattr(p, name)) for label, p in self.stepped.items()}
+        return {label: stepped.get(label, np.zeros(shape, np.float32)) for label, shape in self.shapes.items()}
 
 
-def _nested(source: Any, optimizer: str) -> tuple[Mapping[Any, Any], list[Mapping[str, Any]]]:
-    """State by id and groups of a checkpoint, which may be flattened to ``state.<name>.<key>``."""
+def whole(param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The checkpoint, or one without a state around parameter groups alone."""
+    return param_groups if isinstance(param_groups, Mapping) else {"state": {}, "param_groups": param_groups}
+
+
+def nested(source: Any, optimizer: str) -> Mapping[str, Any]:
+    """A checkpoint as ``{"state": ..., "param_groups": ...}``, which may be flattened to ``state.<name>.<key>``."""
     if isinstance(source, Mapping):
         if {"state", "param_groups"} <= set(source):
-            return source["state"], list(source["param_groups"])
+            return source
         if source and all(isinstance(key, str) and key.startswith(("state.", "param_groups.")) for key in source):
             return _unflattened(source)
     got = f"the keys {sorted(map(str, source))[:10]}" if isinstance(source, Mapping) else type(source).__name__
     raise ValueError(_SOURCE.format(optimizer=optimizer, got=got))
 
 
-def _unflattened(source: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[Mapping[str, Any]]]:
-    """State and groups of what torch.distributed wrote with ``flatten_optimizer_state_dict=True``."""
+def _unflattened(source: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What torch.distributed wrote with ``flatten_optimizer_state_dict=True``, in its usual form."""
     parts: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
     for path, value in source.items():
         part, _, rest = path.partition(".")
@@ -126,20 +173,20 @@ def _unflattened(source: Mapping[str, Any]) -> tuple[Mapping[Any, Any], list[Map
         parts[part].setdefault(name, {})[key] = value
     groups: dict[str, dict[str, Any]] = {}
     for name, options in parts["param_groups"].items():
-        own = {key: value for key, value in options.items() if key not in ("params", "param_names")}
+        own = without(options, ("params", "param_names"))
         groups.setdefault(repr(sorted(own.items())), {**own, "params": []})["params"].append(name)
-    return parts["state"], list(groups.values())
+    return {"state": parts["state"], "param_groups": list(groups.values())}
 
 
 def read(
     source: Any,
-    layout_of: Callable[[Sequence[Mapping[str, Any]]], Layout],
+    layout: Layout,
     names: Sequence[str] | None,
     weights: Mapping[str, Any] | Sequence[Any] | None,
 ) -> Source:
-    """What a checkpoint stores for each parameter; ``layout_of`` tells by its groups which optimizer wrote it."""
-    state, groups = _nested(source, layout_of([]).optimizer)
-    layout = layout_of(groups)
+    """What a checkpoint stores for each parameter."""
+    source = nested(source, layout.optimizer)
+    state, groups = source["state"], list(source["param_groups"])
     labels, ids = labels_of(groups, names)
     parameters = {label: _parameter(label, state.get(i), layout) for label, i in zip(labels, ids, strict=True)}
     group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
@@ -192,10 +239,12 @@ def _parameter(label: Label, entry: Mapping[str, Any] | None, layout: Layout) ->
     check_keys(f"state of parameter {label!r}", entry, expected)
     if any(hasattr(value, "full_tensor") for value in entry.values()):
         raise ValueError(_SHARDED.format(label=label))
-    product = None if layout.product is None else float(as_numpy(entry[layout.product]))
-    dtype = _dtype_of(entry[layout.product or "step"])
     return Parameter(
-        int(as_numpy(entry["step"])), product, dtype, *map(as_numpy, (entry["exp_avg"], entry["exp_avg_sq"]))
+        step=int(as_numpy(entry["step"])),
+        product=None if layout.product is None else float(as_numpy(entry[layout.product])),
+        dtype=_dtype_of(entry[layout.product or "step"]),
+        m=as_numpy(entry["exp_avg"]),
+        v=as_numpy(entry["exp_avg_sq"]),
     )
 
 
@@ -230,8 +279,8 @@ def _check_weights(weights: Mapping[Any, Any], parameters: Mapping[Label, Parame
     if lacking:
         raise ValueError(_WEIGHTS_LACK.format(labels=listed(lacking), extra=listed(extra) or "nothing"))
     for label, parameter in parameters.items():
-        if parameter is not None and parameter.m.shape != tuple(weights[label].shape):
-            expected = tuple(weights[label].shape)
+        expected = tuple(weights[label].shape)
+        if parameter is not None and parameter.m.shape != expected:
             raise ValueError(_OTHER_SHAPE.format(label=label, got=parameter.m.shape, expected=expected))
     for label in extra:
         for other in _equal_to(weights[label], weights, parameters):
@@ -246,3 +295,9 @@ def _equal_to(array: Any, weights: Mapping[Any, Any], labels: Iterable[Label]) -
     for label in labels:
         if weights[label].shape == array.shape and np.array_equal(as_numpy(weights[label]), values):
             yield label
+
+
+def listed(labels: Collection[Label]) -> str:
+    """Some labels for the text of an error."""
+    shown = ", ".join(map(repr, list(labels)[:5]))
+    return shown if len(labels) <= 5 else f"{shown} and {len(labels) - 5} more"

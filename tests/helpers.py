@@ -1,0 +1,39 @@
+"""What several of the unit tests share."""
+
+import operator
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from tests.reference import FURTHER_RULES, RULES
+
+every_rule = pytest.mark.parametrize("rule", RULES + FURTHER_RULES)
+
+# The second is x86's own, the third an NVIDIA GPU's.
+NANS = np.uint32([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F810000]).view(np.float32)
+
+
+def run(tx, grads):
+    """The last state and all updates, of gradients with a leading axis of steps."""
+    first = jax.tree.map(operator.itemgetter(0), grads)
+    return jax.lax.scan(lambda state, g: tx.update(g, state)[::-1], tx.init(first), grads)
+
+
+def descend(tx, params, grads):
+    """The last params and state, and the params after each step."""
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    return jax.lax.scan(step, (params, tx.init(params)), grads)
+
+
+def relative_error(got, expected, axis=None):
+    """The length of the error over that of what is expected."""
+    got, expected = np.asarray(got).astype(expected.dtype), np.asarray(expected)
+    return np.linalg.norm(got - expected, axis=axis) / np.linalg.norm(expected, axis=axis)
