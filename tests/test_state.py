@@ -133,7 +133,12 @@ def test_nodes_in_nodes():
     assert [type(node) for node in found] == [multi, injected, ScaleByNadamState, schedule, schedule]
 
     seen = []
-    replaced = map_nodes(lambda node: seen.append(type(node)) or node, state, (ScaleByNadamState, multi))
+
+    def note(node):
+        seen.append(type(node))
+        return node
+
+    replaced = map_nodes(note, state, (ScaleByNadamState, multi))
     assert seen == [ScaleByNadamState, multi]
     chex.assert_trees_all_equal(replaced, state)
 
