@@ -12,7 +12,7 @@ from tests.reference import FURTHER_RULES, RULES
 every_rule = pytest.mark.parametrize("rule", RULES + FURTHER_RULES)
 
 # The second is x86's own, the third an NVIDIA GPU's.
-NANS = np.uint32([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F810000]).view(np.float32)
+NANS = np.array([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F810000], np.uint32).view(np.float32)
 
 
 def run(tx, grads):

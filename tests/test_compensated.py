@@ -134,7 +134,8 @@ def test_small_steps(kind):
 @pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.chain(optax.identity(), optax.MultiSteps(tx, 2))])
 @pytest.mark.parametrize(("kind", "lost"), [("int16", 0), ("int8", 2.0**-16), (None, 2.0**-8)])
 def test_set_master_params(rng, kind, lost, wrap):
-    weights = {"w": jnp.asarray(rng.normal(size=(32, 64)), jnp.float32), "norm": jnp.ones(64)}
+    w = jnp.asarray(rng.normal(size=(32, 64)), jnp.float32).at[0, 0].set(1 + 2.0**-8)  # a tie
+    weights = {"w": w, "norm": jnp.ones(64)}
     tx = wrap(compensated(optax.sgd(1e-3), remainder_dtype=kind))
     fresh = tx.init({"w": weights["w"].astype(jnp.bfloat16), "norm": weights["norm"]})
     for setter in (set_master_params, jax.jit(set_master_params)):
@@ -184,7 +185,7 @@ JUMPS = [(1, 1e-9), (1, 1.005e-9), (1, 1.21e-5), (1e-9, 1), (1, -1e-9), (0, -2.7
 @stored
 def test_steps_anywhere(kind):
     """Where adding in float32 misses the target, it misses by no more than a float32 rounding."""
-    start, end = np.asarray(JUMPS, np.float64).T
+    start, end = np.array(JUMPS, float).T
     params, tx = jnp.asarray(start, jnp.bfloat16), compensated(optax.sgd(1.0), remainder_dtype=kind)
     narrow, state = stepped(tx, params, tx.init(params), params.astype(jnp.float32) - jnp.asarray(end, jnp.float32))
     for got, precision in ((master_params(state, narrow), 2.0 ** (-16 if kind == "int8" else -24)), (narrow, 2.0**-8)):
@@ -241,11 +242,11 @@ def test_eight_devices(rng, kind):
     tx = compensated(nadamw(1e-3, m_dtype="int8", v_dtype="int8"), remainder_dtype=kind)
 
     def trained(params, grads):
-        state, step = jax.jit(tx.init)(params), jax.jit(functools.partial(stepped, tx), donate_argnums=(0, 1))
+        state = jax.jit(tx.init)(params)
+        step = jax.jit(functools.partial(stepped, tx), donate_argnums=(0, 1)).lower(params, state, grads).compile()
         for _ in range(3):
-            compiled = step.lower(params, state, grads).compile()
-            params, state = compiled(params, state, grads)
-        return params, state, compiled.as_text()
+            params, state = step(params, state, grads)
+        return params, state, step.as_text()
 
     *alone, _ = trained(jax.tree.map(jnp.copy, params), grads)
     *together, program = trained(*jax.device_put((params, grads), ROWS))

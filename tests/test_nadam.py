@@ -127,7 +127,7 @@ MANY, ONE, FEW = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999), (0.999,), (0.5, 0.999
 @pytest.mark.parametrize(
     ("take", "b2s", "dtype", "bound"),
     [
-        pytest.param(lambda *args: together(taken, *args), MANY, np.float32, 3e-7, id="numbers"),
+        pytest.param(lambda *args: together(taken, *args), FEW, np.float32, 3e-7, id="numbers"),
         pytest.param(with_arrays, MANY, np.float32, 3e-7, id="arrays"),
         pytest.param(not_compiled, ONE, np.float32, 3e-7, id="not compiled"),
         pytest.param(lambda *args: together(taken, *args), FEW, np.float64, 1e-14, id="x64", marks=pytest.mark.x64),
@@ -216,7 +216,9 @@ def test_learning_rate_kinds(make):
 def test_decay_by_schedule_and_mask(rng):
     """Decoupled, by a schedule, and masked; none of it is in the moments."""
     params, grads = {"kernel": jnp.asarray([2.0, -3.0]), "bias": jnp.ones(2)}, rng.normal(size=(3, 2))
-    tx = nadamw(0.1, weight_decay=lambda n: 0.25 / (1 + n), mask=lambda p: {"kernel": True, "bias": False})
+    tx = nadamw(
+        0.1, weight_decay=lambda n: 0.25 / (1 + n.astype(float)), mask=lambda p: {"kernel": True, "bias": False}
+    )
     both = dict.fromkeys(params, jnp.asarray(grads, jnp.float32))
     (_, state), path = descend(tx, params, both)
     chex.assert_trees_all_equal(state[0], run(scale_by_nadam(), both)[0])

@@ -58,7 +58,7 @@ def test_rounding_unbiased(high):
 @every_half
 def test_bfloat16_unchanged(high):
     """Numbers of bfloat16, and every NaN."""
-    numbers = np.float32([0.0, -0.0, 1.0, -1.5, 2.0**-126, np.inf, -np.inf])
+    numbers = np.array([0.0, -0.0, 1.0, -1.5, 2.0**-126, np.inf, -np.inf], np.float32)
     expected = np.tile(np.concatenate([numbers, NANS]), (1000, 1))
     got = np.asarray(round_to(jnp.asarray(expected), jnp.bfloat16, bits_of_step_1(high)), np.float32)
     np.testing.assert_array_equal(got, expected)

@@ -134,11 +134,11 @@ def test_nodes_in_nodes():
 
     seen = []
 
-    def see(node):
+    def note(node):
         seen.append(type(node))
         return node
 
-    replaced = map_nodes(see, state, (ScaleByNadamState, multi))
+    replaced = map_nodes(note, state, (ScaleByNadamState, multi))
     assert seen == [ScaleByNadamState, multi]
     chex.assert_trees_all_equal(replaced, state)
 

@@ -46,12 +46,13 @@ def test_norm_in_every_dtype(rng, dtype):
     wide, leaves = zip(*(normal(rng, shape, dtype) for shape in ((50,), (4, 3), ())), strict=True)
     for more in ([], [jnp.asarray(rng.normal(size=9))]):
         norm = np.sqrt(sum(np.sum(np.abs(x) ** 2) for x in (*wide, *more)))
-        for max_norm in (0.5 * norm, 2 * norm, jnp.float32(0.5 * norm)):
-            factor = min(1, float(max_norm) / norm)
-            got = clipped(max_norm, [*leaves, *more])
-            for g, x in zip(got, [*wide, *more], strict=True):
-                np.testing.assert_allclose(np.asarray(g, x.dtype), x * factor, rtol=2 * unit(g.dtype))
+        limits = (0.5 * norm, 2 * norm, jnp.float32(0.5 * norm))
+        every = jax.jit(lambda leaves, limits=limits: [clipped(limit, leaves) for limit in limits])([*leaves, *more])
+        for limit, got in zip(limits, every, strict=True):
             chex.assert_type(got[: len(leaves)], dtype)
+            for g, x in zip(got, [*wide, *more], strict=True):
+                expected = x * min(1, float(limit) / norm)
+                np.testing.assert_allclose(np.asarray(g, x.dtype), expected, rtol=2 * unit(g.dtype))
 
 
 def test_norm_of_narrow():
@@ -111,16 +112,20 @@ def test_is_multi_steps(rng):
     grads = jnp.asarray(rng.normal(size=(12, 5)), jnp.float32)
     inner = optax.chain(optax.adamw(0.1), optax.scale_by_backtracking_linesearch(4))
 
-    def end(tx):
+    def loss(params):
+        return jnp.sum(params**2)
+
+    def end(tx, update):
         params = jnp.ones(5)
         state = tx.init(params)
         for g in grads:
-            extra = {"value": jnp.sum(params**2), "grad": 2 * params, "value_fn": lambda p: jnp.sum(p**2)}
-            u, state = tx.update(g, state, params, **extra)
+            u, state = update(g, state, params, value=loss(params), grad=2 * params, value_fn=loss)
             params = optax.apply_updates(params, u)
         return params
 
-    chex.assert_trees_all_close(end(accumulate(inner, 3)), end(optax.MultiSteps(inner, 3)), rtol=1e-5)
+    ours, theirs = accumulate(inner, 3), optax.MultiSteps(inner, 3)
+    expected = end(theirs, jax.jit(theirs.update, static_argnames="value_fn"))
+    chex.assert_trees_all_close(end(ours, ours.update), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("steps", "kind"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
