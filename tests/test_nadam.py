@@ -200,8 +200,9 @@ def test_moment_dtypes(m_dtype, v_dtype):
 def test_decays_of_zero(rng):
     """The update is the sign of the gradient."""
     g = jnp.asarray(rng.normal(size=(20, 50)) * 10.0 ** rng.integers(-6, 3, size=(20, 50)), jnp.float32)
-    _, u = run(scale_by_nadam(b1=0.0, b2=0.0, eps=0.0), g)
-    chex.assert_trees_all_close(u, jnp.sign(g), rtol=3e-7)
+    for zero in (0.0, jnp.float32(0.0)):
+        _, u = run(scale_by_nadam(b1=zero, b2=zero, eps=0.0), g)
+        chex.assert_trees_all_close(u, jnp.sign(g), rtol=3e-7)
 
 
 @pytest.mark.parametrize("make", [nadam, nadamw])

@@ -38,13 +38,6 @@ def test_one_minus_power_x64():
     np.testing.assert_allclose(np.asarray(complement), np.asarray(exact, float), rtol=1e-14)
 
 
-def test_powers_of_zero():
-    for base in (0.0, jnp.float32(0.0)):
-        power = _rules._decayed(base, jnp.float32(3.0))
-        assert power.value == 0
-        assert power.complement == 1
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_momentum_to_2e_7(rule):
     t = np.asarray([1, 2, 10, 1000, 10**6], np.longdouble)
