@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from jax import numpy as jnp
 
 from optax_nadam import NadamConfig, nadam, nadamw, scale_by_nadam
+from tests.helpers import run
 from tests.reference import RULES
 
 MAKERS: dict[str, Any] = {
@@ -235,11 +236,11 @@ def test_vmap(rule):
     rows = [base | {name: x} for name in base for x in (0.1, 0.5, 0.9)]
     h = {name: jnp.asarray([row[name] for row in rows]) for name in base}
 
-    def run(h):
+    def trained(h):
         tx, params = nadamw(**h, rule=rule), {"w": jnp.asarray([1.0, -2.0])}
         return jax.lax.scan(functools.partial(step, tx), (params, tx.init(params)), length=10)[0]
 
-    chex.assert_trees_all_close(jax.jit(jax.vmap(run))(h), jax.lax.map(run, h), rtol=2e-5, atol=1e-6)
+    chex.assert_trees_all_close(jax.jit(jax.vmap(trained))(h), jax.lax.map(trained, h), rtol=2e-5, atol=1e-6)
 
 
 @pytest.mark.x64
@@ -281,9 +282,8 @@ SAFE_GRADIENTS = st.one_of(MAGNITUDES, MAGNITUDES.map(lambda x: -x))
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def run(grads, h, rule):
-    tx = scale_by_nadam(**h, rule=rule)
-    return jax.lax.scan(lambda s, g: tx.update(g, s)[::-1], tx.init(grads[0]), grads)
+def run_with(h, grads, rule):
+    return run(scale_by_nadam(**h, rule=rule), grads)
 
 
 @pytest.mark.property
@@ -297,5 +297,5 @@ def run(grads, h, rule):
 )
 def test_finite(grads, rule, **h):
     padded = np.float32(grads + [(0.0, 0.0, 0.0)] * (12 - len(grads)))
-    state, u = run(padded, {k: jnp.float32(x) for k, x in h.items()}, rule)
+    state, u = run_with({k: jnp.float32(x) for k, x in h.items()}, padded, rule)
     chex.assert_tree_all_finite((u[: len(grads)], state))
