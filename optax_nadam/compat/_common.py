@@ -24,7 +24,7 @@ _NO_CONFIG = (
     "config is needed: {source} stores no product of the momenta and no hyperparameters from which it could be"
     " computed. Pass config=, the NadamConfig of the optimizer that continues."
 )
-_LEAVE_OUT = "Do it around the optimizer, and pass dataclasses.replace(config, {name}={default!r})."
+_LEAVE_OUT = "Leave it out, or do it around the optimizer: pass dataclasses.replace(config, {name}={default!r})."
 
 
 class Checkpoint(NamedTuple):
