@@ -71,12 +71,8 @@ def test_pages_are_found():
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_public_names(module):
     page = (DOCS / "api" / f"{module.__name__.rpartition('.')[2]}.rst").read_text()
-    public = {
-        name
-        for name, x in vars(module).items()
-        if (inspect.isfunction(x) or inspect.isclass(x)) and not name.startswith("_")
-        if module is optax_nadam or x.__module__ == module.__name__
-    }
+    named = {name: getattr(module, name) for name in module.__all__}
+    public = [name for name, x in named.items() if inspect.isfunction(x) or inspect.isclass(x)]
     listed = re.findall(r"^\.\. auto(?:function|class):: (\w+)", page, flags=re.MULTILINE)
     assert sorted(listed) == sorted(public)
 

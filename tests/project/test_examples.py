@@ -24,7 +24,7 @@ def run(start, capsys):
 @as_users_do
 def test_train_digits(start, capsys, tmp_path):
     picture = tmp_path / "new folder" / "digits.png"
-    start("train_digits", "--steps", "20", "--seeds", "1", "--seed", "7", "--out", str(picture))
+    start("train_digits", "--steps", "5", "--seeds", "1", "--seed", "7", "--out", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed, progress = capsys.readouterr()
     for name in ("optax_nadam.nadam", "optax.nadam", "optax.adam"):
