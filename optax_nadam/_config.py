@@ -12,7 +12,7 @@ import optax
 from optax_nadam import _validation as validation
 from optax_nadam import _wrappers as wrappers
 from optax_nadam._moments import parse_format
-from optax_nadam._nadam import Mask, scale_by
+from optax_nadam._nadam import scale_by
 from optax_nadam._rules import Hyperparameters, Rule, RuleName, mu_product_after, parse_rule
 from optax_nadam._schedules import ScheduleConfig, parse_learning_rate
 
@@ -147,7 +147,10 @@ class NadamConfig:
             object.__setattr__(self, entry.name, value)
 
     def build(
-        self, learning_rate: optax.ScalarOrSchedule | None = None, *, mask: Mask | None = None
+        self,
+        learning_rate: optax.ScalarOrSchedule | None = None,
+        *,
+        mask: Any | Callable[[optax.Params], Any] | None = None,
     ) -> optax.GradientTransformationExtraArgs:
         """The optimizer of these hyperparameters.
 
@@ -231,7 +234,7 @@ def _from_fields(kind: Any, fields: Mapping[str, Any]) -> Any:
 
 def build_with_masks(
     config: NadamConfig,
-    decays: Sequence[tuple[float, Mask | None]],
+    decays: Sequence[tuple[float, Any]],
     learning_rate: optax.ScalarOrSchedule | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a config with several weight decays in place of its own, each with a mask as in ``nadamw``."""

@@ -31,8 +31,6 @@ from optax_nadam._schedules import parse_learning_rate, parse_weight_decay
 from optax_nadam._state import ScaleByNadamState
 from optax_nadam._tree import in_form_of, map_and_unzip
 
-Mask = Any | Callable[[optax.Params], Any]  # a tree of booleans like the params, a prefix of it, or what makes one
-
 
 def scale_by_nadam(
     b1: ArrayLike = 0.9,
@@ -266,7 +264,7 @@ def nadamw(
     m_dtype: DTypeLike | None = None,
     v_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Mask | None = None,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Nadam with scheduled momentum and decoupled weight decay; not ``optax.nadamw``, which is ``rule="constant"``.
 

@@ -35,7 +35,7 @@ def nadamw(
     eps_root: ArrayLike = 0.0,
     debias: bool = True,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    weight_decay_mask: ours.Mask | None = None,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     power: float = 0.5,
 ) -> optax.GradientTransformationExtraArgs:
     r"""``nadamw`` of the AlgoPerf baselines in JAX, with its arguments and defaults.

@@ -88,7 +88,7 @@ def nadamw(
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: ours.Mask | None = None,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     nesterov: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -165,7 +165,7 @@ def adamw(
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: ours.Mask | None = None,
+    mask: Any | Callable[[optax.Params], Any] | None = None,
     *,
     nesterov: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
