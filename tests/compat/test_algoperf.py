@@ -48,7 +48,7 @@ def test_power_and_weight_decay():
         {"learning_rate": 0.1, "power": 1.0},
     ],
 )
-def test_configs_build_what_the_call_makes_and_go_round(arguments):
+def test_configs_round_trip(arguments):
     config = compat.algoperf.config_from(arguments)
     translated = compat.algoperf.config_to(config)
     assert compat.algoperf.config_from(translated) == config
@@ -80,7 +80,7 @@ def test_a_state_goes_both_ways():
     chex.assert_trees_all_equal(run(tx, at, grads[25:], resumed)[0], run(tx, at, grads[25:], state)[0])
 
 
-def test_another_record_with_a_count_is_no_state():
+def test_other_records():
     with pytest.raises(ValueError, match=r"source must hold one ScaleByAdamState, .* but holds 0"):
         compat.algoperf.load_state(compat.algoperf.nadamw(0.1).init(jnp.ones(2)), optax.EmaState(jnp.int32(1), 0.0))
 
@@ -94,7 +94,7 @@ def test_another_record_with_a_count_is_no_state():
         ({"v_dtype": "int8"}, "AlgoPerf's nadamw cannot express v_dtype='int8'"),
     ],
 )
-def test_what_algoperf_cannot_express_is_named(fields, text):
+def test_inexpressible(fields, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         compat.algoperf.config_to(NadamConfig(**{"rule": "simplified", **fields}))
 

@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from optax_nadam import NadamConfig, compat, convert_moments, scale_by_nadam
 
 
-def test_a_torch_config_becomes_one_of_keras():
+def test_torch_config_to_keras():
     group = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0, "momentum_decay": 0.004}
     config = compat.torch.config_from({**group, "decoupled_weight_decay": False, "differentiable": False})
     theirs = compat.keras.config_to(config, dialect="legacy")
@@ -22,7 +22,7 @@ def test_a_torch_config_becomes_one_of_keras():
     assert differing == ["coupled_weight_decay", "complex_as_real"]  # without effect here
 
 
-def test_a_keras_checkpoint_becomes_one_of_torch():
+def test_keras_to_torch():
     weights = [np.array(7), np.float32(0.02), np.full((3, 2), 0.5, np.float32), np.full((3, 2), 0.25, np.float32)]
     params = {"kernel": np.zeros((3, 2), np.float32)}
     state = compat.keras.load_state(compat.torch.nadam().init(params), weights, lambda arrays: {"kernel": arrays[0]})
@@ -71,7 +71,7 @@ WAYS = {
 
 @pytest.mark.parametrize(("dump", "load"), WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize(("dtype", "precision"), [("bfloat16", 2.0**-7), ("int8", 4.1 / 127)])
-def test_a_checkpoint_goes_into_narrow_moments_and_out_of_them(dump, load, dtype, precision, rng):
+def test_narrow_moments(dump, load, dtype, precision, rng):
     params = {"kernel": jnp.asarray(rng.normal(size=(32, 64)), jnp.float32)}
     wide, narrow = scale_by_nadam(), scale_by_nadam(m_dtype=dtype, v_dtype=dtype)
     _, state = wide.update(params, wide.init(params))
@@ -84,7 +84,7 @@ def test_a_checkpoint_goes_into_narrow_moments_and_out_of_them(dump, load, dtype
     chex.assert_trees_all_equal((back.count, back.m, back.v), (numbers.count, numbers.m, numbers.v))
 
 
-def test_an_empty_torch_checkpoint_makes_narrow_moments_zero():
+def test_empty_checkpoint():
     tx = scale_by_nadam(m_dtype="int8", v_dtype="int8")
     fresh = tx.init({"kernel": jnp.ones((32, 64))})
     _, state = tx.update({"kernel": jnp.ones((32, 64))}, fresh)

@@ -67,7 +67,7 @@ ADAM = dataclasses.replace(CONSTANT, rule="adam")
 @pytest.mark.parametrize(
     "wrap", [lambda tx: tx, lambda tx: optax.chain(optax.clip_by_global_norm(1e9), tx)], ids=["bare", "chained"]
 )
-def test_a_run_continues_here_as_it_would_there(make, wrap):
+def test_run_continues(make, wrap):
     params, grads = problem(1)
     before, running = run(wrap(make(LEARNING_RATE)), params, grads[:25])
     at = jax.tree.map(lambda p: p[-1], before)
@@ -109,7 +109,7 @@ def through_flax(state, folder):
 
 @pytest.mark.parametrize("through", [through_orbax, through_flax])
 @pytest.mark.parametrize("wrap", WRAPPED)
-def test_a_state_restored_as_plain_dicts_continues(wrap, through, tmp_path):
+def test_plain_dicts(wrap, through, tmp_path):
     params, grads = problem(5)
     theirs, ours = (WRAPPED[wrap](module.nadam(LEARNING_RATE)) for module in (optax, compat.optax))
     before, running = run(theirs, params, grads[:12])
@@ -122,7 +122,7 @@ def test_a_state_restored_as_plain_dicts_continues(wrap, through, tmp_path):
     assert gap(here, there, LEARNING_RATE) < bound < 1.4e-4
 
 
-def test_params_with_the_names_of_fields_are_no_state():
+def test_params_named_like_fields():
     plain = {"count": 0.5, "mu": 1.0, "nu": 1.0}
     source = [plain, {"count": np.int32(3), "mu": {"w": np.ones(2)}, "nu": {"w": np.ones(2)}}]
     tx = compat.optax.nadam(LEARNING_RATE)
@@ -139,14 +139,14 @@ class Layer(NamedTuple):
     b: jax.Array
 
 
-def test_fields_are_matched_with_keys_by_name():
+def test_fields_by_name():
     params, moments = Layer(jnp.ones(2), jnp.ones(2)), {"b": np.full(2, 0.5), "w": np.full(2, 0.25)}
     tx = compat.optax.nadam(LEARNING_RATE)
     state = compat.optax.load_state(tx.init(params), {"count": 1, "mu": moments, "nu": moments}, config=CONSTANT)
     chex.assert_trees_all_equal(state[0].m, Layer(jnp.full(2, 0.25), jnp.full(2, 0.5)))
 
 
-def test_lists_in_place_of_tuples_are_matched_by_name_and_other_names_refused():
+def test_lists_by_name():
     params = (jnp.ones(2), {"w": jnp.ones(3)})
     tx = compat.optax.nadam(LEARNING_RATE)
     moments = [np.full(2, 0.5), {"w": np.full(3, 0.25)}]
@@ -166,7 +166,7 @@ def test_and_back():
     assert gap(run(tx, at, grads[25:35], state)[0], theirs, LEARNING_RATE) < BOUND
 
 
-def test_an_adam_run_turned_into_scheduled_nadam_gets_the_product_of_its_steps():
+def test_adam_becomes_scheduled():
     params, grads = problem(3)
     _, running = run(optax.adam(LEARNING_RATE), params, grads[:7])
     config = NadamConfig(learning_rate=LEARNING_RATE, b1=0.8, momentum_decay=0.5)
@@ -175,7 +175,7 @@ def test_an_adam_run_turned_into_scheduled_nadam_gets_the_product_of_its_steps()
     np.testing.assert_allclose(resumed[0].mu_product, all_along[0].mu_product, rtol=1e-6)
 
 
-def test_weights_of_another_shape_are_turned_by_the_users_own_function():
+def test_to_params_transposes():
     params, grads = problem(4)
     _, running = run(optax.adam(LEARNING_RATE), params, grads[:3])
 
@@ -190,7 +190,7 @@ def test_weights_of_another_shape_are_turned_by_the_users_own_function():
         compat.optax.load_state(tx.init(transposed(params)), running, config=CONSTANT)
 
 
-def test_memory_of_the_source_is_not_used_any_more():
+def test_arrays_are_copied():
     buffer = np.zeros(1024 + 16, np.float32)
     start = -buffer.ctypes.data % 64 // 4  # memory so aligned, JAX may take over as it is
     moments = {"w": buffer[start : start + 1024]}
@@ -202,7 +202,7 @@ def test_memory_of_the_source_is_not_used_any_more():
     chex.assert_trees_all_equal(state[0].m, {"w": jnp.zeros(1024)})
 
 
-def test_counters_of_schedules_go_along_whatever_holds_them():
+def test_counters():
     params, grads = problem(5)
     _, running = run(optax.adam(LEARNING_RATE), params, grads[:9])
     inner = optax.inject_hyperparams(optax_nadam.nadamw)(
@@ -218,7 +218,7 @@ def test_counters_of_schedules_go_along_whatever_holds_them():
     assert [int(count) for count in counts] == [9] * 4
 
 
-def test_states_that_are_none_or_many_are_rejected():
+def test_none_or_many():
     params, _ = problem(0)
     tx = compat.optax.nadam(LEARNING_RATE)
     with pytest.raises(ValueError, match=r"source must hold one ScaleByAdamState.*holds 0"):
@@ -236,7 +236,7 @@ def test_states_that_are_none_or_many_are_rejected():
         compat.optax.dump_state(optax.chain(tx, tx).init(params))
 
 
-def test_a_product_that_optax_does_not_store_needs_a_config():
+def test_config_is_needed():
     params, _ = problem(0)
     tx = nadam(LEARNING_RATE)
     with pytest.raises(ValueError, match=r"config is needed: a ScaleByAdamState stores no product.*Pass config="):
@@ -244,7 +244,7 @@ def test_a_product_that_optax_does_not_store_needs_a_config():
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_the_rule_adam_takes_the_steps_of_optax(weight_decay):
+def test_rule_adam(weight_decay):
     params, grads = problem(7)
     theirs, _ = run(optax.adamw(LEARNING_RATE, weight_decay=weight_decay), params, grads)
     config = dataclasses.replace(ADAM, weight_decay=weight_decay)
@@ -277,7 +277,7 @@ OTHERS = {"learning_rate": 0.1, "b1": 0.8, "b2": 0.9, "eps": 1e-3, "eps_root": 0
         ("adamw", OTHERS | {"weight_decay": 0.5, "nesterov": False}),
     ],
 )
-def test_configs_are_those_of_the_call_and_go_round(optimizer, arguments):
+def test_configs_round_trip(optimizer, arguments):
     config = compat.optax.config_from(arguments, optimizer=optimizer)
     params, grads = problem(6)
     theirs, _ = run(getattr(optax, optimizer)(**arguments), params, grads)
@@ -288,7 +288,7 @@ def test_configs_are_those_of_the_call_and_go_round(optimizer, arguments):
     assert gap(run(getattr(optax, decaying)(**translated), params, grads)[0], theirs, 0.1) < BOUND
 
 
-def test_the_dtype_of_the_first_moment_goes_round():
+def test_mu_dtype_round_trip():
     config = compat.optax.config_from({"learning_rate": 0.1, "mu_dtype": "bfloat16"}, optimizer="nadam")
     assert config.m_dtype == "bfloat16"
     assert compat.optax.config_to(config)["mu_dtype"] == "bfloat16"
@@ -308,7 +308,7 @@ def test_the_dtype_of_the_first_moment_goes_round():
         ),
     ],
 )
-def test_what_optax_cannot_express_is_named(fields, text):
+def test_inexpressible(fields, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         compat.optax.config_to(dataclasses.replace(CONSTANT, **fields))
 

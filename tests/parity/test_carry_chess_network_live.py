@@ -11,7 +11,7 @@ import numpy as np
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_the_run_goes_from_tf_keras_to_jax_and_from_jax_to_torch(tmp_path):
+def test_three_frameworks(tmp_path):
     arguments = ["--parts", "a", "c", "--steps", "20", "--seed", "3"]
     program = [sys.executable, str(EXAMPLES / "carry_chess_network.py"), *arguments]
     done = subprocess.run(program, capture_output=True, text=True, timeout=600, cwd=tmp_path)
@@ -26,7 +26,7 @@ def test_the_run_goes_from_tf_keras_to_jax_and_from_jax_to_torch(tmp_path):
     assert min(lost) > 1
 
 
-def test_chess_gives_the_recorded_positions(monkeypatch):
+def test_recorded_positions(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     example = importlib.import_module("_chess")
     with np.load(example.POSITIONS) as recorded:

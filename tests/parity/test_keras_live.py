@@ -144,7 +144,7 @@ def test_parameters_follow_theirs(dialect, case, seed):
 @pytest.mark.x64
 @pytest.mark.usefixtures("double_precision")
 @pytest.mark.parametrize(("dialect", "case"), ALL)
-def test_parameters_follow_theirs_in_double_precision(dialect, case):
+def test_double_precision(dialect, case):
     # Numbers that float32 holds exactly: the legacy optimizer stores them in float32 whatever the dtype.
     exact = {"learning_rate": 2**-7, "beta_1": 0.875, "beta_2": 0.9921875}
     arguments = exact | {k: v for k, v in (CASES | LEGACY_CASES)[case].items() if k not in (*exact, "lr")}
@@ -155,7 +155,7 @@ def test_parameters_follow_theirs_in_double_precision(dialect, case):
 
 
 @pytest.mark.parametrize("case", ["weight decay", "clipnorm", "clipvalue", "global_clipnorm", "schedule_decay"])
-def test_every_case_differs_from_the_defaults(case):
+def test_cases_differ(case):
     arguments = (CASES | LEGACY_CASES)[case]
     make = CONSTRUCTORS["legacy" if case == "schedule_decay" else "keras"]
     params, grads = problem(0)
@@ -164,7 +164,7 @@ def test_every_case_differs_from_the_defaults(case):
     assert gap(got, default, learning_rate_of(arguments)) > 100 * CLOSE
 
 
-def test_the_legacy_decay_argument_has_no_effect_there_either():
+def test_legacy_decay_is_ignored():
     params, grads = problem(1)
     with_it = Theirs("legacy", OPTIMIZERS["legacy"](decay=0.5), params).run(grads)
     without_it = Theirs("legacy", OPTIMIZERS["legacy"](), params).run(grads)
@@ -267,7 +267,7 @@ SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("package", [keras, tf_keras], ids=["keras", "tf_keras"])
 @pytest.mark.parametrize("case", SCHEDULES)
-def test_schedules_are_equal_at_every_step(package, case):
+def test_schedules_every_step(package, case):
     name, arguments = SCHEDULES[case]
     schedule = getattr(package.optimizers.schedules, name)(**arguments)
     dialect = "keras" if package is keras else "tf_keras"
@@ -326,13 +326,13 @@ def test_configs_through_their_optimizers(dialect, index):
     assert ours.config_from(package.optimizers.serialize(optimizer)) == back
 
 
-def test_a_custom_schedule_decay_survives_here_and_not_there():
+def test_schedule_decay_survives():
     optimizer = OPTIMIZERS["legacy"](schedule_decay=0.3)
     assert OPTIMIZERS["legacy"].from_config(optimizer.get_config()).get_config()["decay"] == 0.004
     assert ours.config_from(optimizer.get_config()).momentum_decay == 0.3
 
 
-def test_a_config_after_training_has_their_float32_numbers():
+def test_config_after_training():
     params, grads = problem(0, steps=1)
     optimizer = OPTIMIZERS["legacy"](0.02)
     Theirs("legacy", optimizer, params).run(grads)
@@ -442,7 +442,7 @@ def test_resume_from_legacy(kind, tmp_path):
     continues_alike(model, source_of(kind, model, tmp_path), config, 0.01, explicit=False)
 
 
-def test_resume_from_keras_2_without_the_product():
+def test_keras_2_without_product():
     model = Model("legacy", OPTIMIZERS["legacy"](0.01))
     model.steps(model.gradients(5))
     iterations, _, *moments = model.optimizer.get_weights()
@@ -450,7 +450,7 @@ def test_resume_from_keras_2_without_the_product():
         continues_alike(model, [iterations, *moments], NadamConfig(learning_rate=0.01), 0.01)
 
 
-def test_resume_goes_by_names_where_a_variable_came_late(tmp_path):
+def test_late_variable(tmp_path):
     model = Model("legacy", OPTIMIZERS["legacy"](0.01))
     model.steps(model.gradients(5), only=slice(2, 3))
     model.steps(model.gradients(20))
@@ -462,7 +462,7 @@ def test_resume_goes_by_names_where_a_variable_came_late(tmp_path):
     continues_alike(model, source_of(".h5", model, tmp_path), config, 0.01)
 
 
-def test_resume_from_names_that_were_split(tmp_path):
+def test_split_names(tmp_path):
     model = Model("legacy", OPTIMIZERS["legacy"](0.01))
     model.steps(model.gradients(25))
     path = source_of(".h5", model, tmp_path)
@@ -503,7 +503,7 @@ def test_resume_from_keras(case, kind, tmp_path):
     continues_alike(model, source_of(kind, model, tmp_path), config, 0.01, explicit=explicit)
 
 
-def test_names_with_and_without_the_scope_of_the_optimizer():
+def test_scoped_names():
     """A first ``apply`` puts the product into the optimizer's scope, ``build`` does not."""
     for build_first in (True, False):
         optimizer, variable = keras.optimizers.Nadam(), keras.Variable(np.ones(2), name="w")
@@ -516,13 +516,13 @@ def test_names_with_and_without_the_scope_of_the_optimizer():
 
 
 @pytest.mark.parametrize("kind", ["variables", "values", ".h5", ".keras", ".weights.h5"])
-def test_averages_of_the_weights_are_passed_over(kind, tmp_path):
+def test_averages_skipped(kind, tmp_path):
     model = Model("keras", OPTIMIZERS["keras"](0.01, use_ema=True))
     model.steps(model.gradients(25))
     continues_alike(model, source_of(kind, model, tmp_path), NadamConfig(learning_rate=0.01, momentum_decay=1.0), 0.01)
 
 
-def test_accumulation_in_its_middle_is_rejected():
+def test_mid_accumulation():
     model = Model("keras", OPTIMIZERS["keras"](0.01, gradient_accumulation_steps=4))
     model.steps(model.gradients(25))
     config = ours.config_from(model.optimizer.get_config())
@@ -540,7 +540,7 @@ def test_resume_from_loss_scaled(kind, tmp_path):
     continues_alike(model, source_of(kind, model, tmp_path), config, 0.01)
 
 
-def test_resume_from_a_file_of_keras_before_3_10():
+def test_file_before_3_10():
     """Written by a real one, see ``record_keras.py``."""
     recorded = np.load(RECORDINGS / "keras_old.npz")
     expected = [[recorded[f"after/{step}/{i}"] for i in range(3)] for step in range(10)]
@@ -554,7 +554,7 @@ def test_resume_from_a_file_of_keras_before_3_10():
 
 
 @pytest.mark.parametrize("kind", [".keras", ".weights.h5"])
-def test_a_legacy_file_without_state_says_so(kind, tmp_path):
+def test_legacy_file_without_state(kind, tmp_path):
     model = Model("legacy", OPTIMIZERS["legacy"](0.01))
     model.steps(model.gradients(2))
     state = ours.legacy_nadam().init(to_params(model.weights))

@@ -40,14 +40,14 @@ def test_all_take_part_here():
 
 
 @pytest.mark.parametrize("name", [name for name, rival in RIVALS.items() if rival.updates])
-def test_each_takes_the_step_of_its_formula(name):
+def test_formulas(name):
     assert _rivals.error(RIVALS[name]) < 2e-5
 
 
 @pytest.mark.parametrize(
     "name", [name for name, rival in THEIRS.items() if rival.updates and "Adam" not in name and "Keras 3" not in name]
 )
-def test_nadams_with_the_same_momenta_take_the_same_steps_as_ours(name):
+def test_equal_nadams(name):
     assert "NAdam" in name or "Nadam" in name
     problem = Problem.of([(5, 3), (4,)])
     ours, theirs = (RIVALS[x].start(problem) for x in (step_time.OURS, name))
@@ -59,7 +59,7 @@ def test_nadams_with_the_same_momenta_take_the_same_steps_as_ours(name):
         np.testing.assert_allclose(q - start, p - start, rtol=step_time.CLOSE)
 
 
-def test_the_copy_of_torch_copies_as_much_as_params_and_moments():
+def test_torch_copy_size():
     run = RIVALS["copy: copy_, torch"].start(Problem.of([(5,), (2, 2)]))
     run.step()
     run.wait()
@@ -67,14 +67,14 @@ def test_the_copy_of_torch_copies_as_much_as_params_and_moments():
 
 
 @pytest.mark.parametrize("kind", ["torch", "tensorflow"])
-def test_a_framework_without_the_gpu_that_jax_has_is_left_out(monkeypatch, kind):
+def test_rival_without_gpu(monkeypatch, kind):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     reasons = {rival.left_out() for rival in THEIRS.values() if rival.packages[0] == kind}
     assert reasons == {f"{kind} and jax would not be on the same device"}
     assert RIVALS["Keras 3 Nadam on jax, stateless_apply"].left_out() is None
 
 
-def test_a_framework_with_a_gpu_that_jax_has_not_is_left_out(monkeypatch):
+def test_rival_with_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["one"])
     monkeypatch.setattr(tf.config.experimental, "set_memory_growth", lambda gpu, on: None)

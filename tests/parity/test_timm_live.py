@@ -78,7 +78,7 @@ def test_trajectories_of_nadamw(case, seed, foreach):
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 @pytest.mark.parametrize("case", CASES)
-def test_trajectories_of_nadamw_in_double_precision(case, foreach):
+def test_nadamw_double(case, foreach):
     kwargs = CASES[case]
     params, grads = problem(4, steps=200, dtype=np.float64)
     theirs = Theirs(params, modern(foreach=foreach, **kwargs)).run(grads)
@@ -99,7 +99,7 @@ def test_trajectories_of_nadamlegacy(case, seed):
 @pytest.mark.x64
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("case", LEGACY)
-def test_trajectories_of_nadamlegacy_in_double_precision(case):
+def test_nadamlegacy_double(case):
     kwargs = LEGACY[case]
     params, grads = problem(4, steps=200, dtype=np.float64)
     theirs = Theirs(params, legacy(**kwargs)).run(grads)
@@ -110,7 +110,7 @@ def test_trajectories_of_nadamlegacy_in_double_precision(case):
 @strict_optax
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 @pytest.mark.parametrize("case", CASES)
-def test_trajectories_of_complex_parameters(case, foreach):
+def test_complex_parameters(case, foreach):
     kwargs = CASES[case]
     params, grads = complex_problem(3)
     theirs = Theirs(params, modern(foreach=foreach, **kwargs)).run(grads)
@@ -118,7 +118,7 @@ def test_trajectories_of_complex_parameters(case, foreach):
     assert gap(trajectory, theirs, kwargs.get("lr", 1e-3)) < bound(params, grads, kwargs.get("lr", 1e-3))
 
 
-def test_corrected_weight_decay_follows_a_schedule():
+def test_corrected_weight_decay():
     params, grads = problem(5)
     theirs = Theirs(params, modern(lr=0.02, weight_decay=0.5, corrected_weight_decay=True))
     scheduler = torch.optim.lr_scheduler.LinearLR(theirs.optimizer, 1.0, 0.1, 40)
@@ -136,7 +136,7 @@ def test_corrected_weight_decay_follows_a_schedule():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_group_of_nadamw_survives_the_way_through_a_config(case):
+def test_nadamw_round_trip(case):
     (group,) = plain_groups(modern(**CASES[case])([torch.nn.Parameter(torch.zeros(1))]))
     config = ours.config_from(group)
     keys = ours.config_to(config)
@@ -147,7 +147,7 @@ def test_a_group_of_nadamw_survives_the_way_through_a_config(case):
 
 
 @pytest.mark.parametrize("case", LEGACY)
-def test_a_group_of_nadamlegacy_survives_the_way_through_a_config(case):
+def test_nadamlegacy_round_trip(case):
     (group,) = plain_groups(legacy(**LEGACY[case])([torch.nn.Parameter(torch.zeros(1))]))
     config = ours.config_from(group)
     keys = ours.config_to(config)
@@ -215,7 +215,7 @@ def test_timm_continues_where_we_stopped(name, tmp_path):
     ],
     ids=["nadamw", "nadamlegacy"],
 )
-def test_a_config_makes_a_group_that_timm_takes(optimizer, config, tmp_path):
+def test_timm_takes_the_group(optimizer, config, tmp_path):
     params, grads = problem(8, steps=BEFORE + AFTER)
     tx = config.build()
     trajectory, state = run(tx, params, grads[:BEFORE])

@@ -74,7 +74,7 @@ def test_trajectories_in_double_precision(case, foreach):
 @strict_optax
 @pytest.mark.parametrize("foreach", [False, True], ids=["single", "foreach"])
 @pytest.mark.parametrize("case", CASES)
-def test_trajectories_of_complex_parameters(case, foreach):
+def test_complex_parameters(case, foreach):
     kwargs = CASES[case]
     params, grads = complex_problem(3)
     theirs = Theirs(params, nadam(foreach=foreach, **kwargs)).run(grads)
@@ -110,7 +110,7 @@ def test_the_rule_of_torch_1(weight_decay, psi):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_group_survives_the_way_through_a_config(case):
+def test_group_round_trip(case):
     (group,) = plain_groups(nadam(**CASES[case])([torch.nn.Parameter(torch.zeros(1))]))
     config = ours.config_from(group)
     assert config.rule == "scheduled"
@@ -120,7 +120,7 @@ def test_a_group_survives_the_way_through_a_config(case):
     assert ours.config_from(args) == config
 
 
-def test_the_live_group_and_what_schedulers_write_into_it_are_understood():
+def test_groups_of_schedulers():
     optimizer = torch.optim.NAdam([torch.nn.Parameter(torch.zeros(1))], lr=torch.tensor(0.25))
     assert ours.config_from(optimizer.param_groups[0]).learning_rate == 0.25
     optimizer = torch.optim.NAdam([("w", torch.nn.Parameter(torch.zeros(1)))], lr=0.25)
@@ -183,7 +183,7 @@ def test_torch_continues_where_we_stopped(kind, tmp_path):
     assert gap(theirs.run(grads[BEFORE:]), expected, 0.01) < RESUMED
 
 
-def test_a_config_makes_a_group_that_torch_takes(tmp_path):
+def test_torch_takes_the_group(tmp_path):
     params, grads = problem(8, steps=BEFORE + AFTER)
     config = NadamConfig(learning_rate=0.01, eps=1e-8, weight_decay=0.1, maximize=True)
     tx = config.build()
@@ -196,7 +196,7 @@ def test_a_config_makes_a_group_that_torch_takes(tmp_path):
     assert gap(theirs.run(grads[BEFORE:]), expected, 0.01) < RESUMED
 
 
-def test_torch_continues_in_place_without_changing_what_we_loaded():
+def test_loaded_state_is_ours():
     params, grads = problem(9, steps=3)
     theirs = Theirs(params, nadam(lr=0.01))
     theirs.run(grads[:2])
@@ -265,7 +265,7 @@ def train_params(tx, params, state, x, y, steps):
 
 
 @pytest.mark.lenient("a network with plain broadcasting")
-def test_a_network_continues_there_and_here(tmp_path):
+def test_network_continues(tmp_path):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     x, y = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 2, 3, 3), (8, 4)))
@@ -294,7 +294,7 @@ def test_a_network_continues_there_and_here(tmp_path):
     assert gap(net_weights(jax.tree.map(np.asarray, params)), theirs, 0.01) < BOUND
 
 
-def test_what_was_never_trained_is_named_or_filled_with_zeros():
+def test_never_trained():
     params, grads = problem(10, steps=BEFORE + AFTER)
     frozen = [{**g, "bias": None} for g in grads[:BEFORE]]
     theirs = Theirs(params, nadam(lr=0.01))
@@ -310,7 +310,7 @@ def test_what_was_never_trained_is_named_or_filled_with_zeros():
     assert gap(trajectory, others, 0.01) < RESUMED
 
 
-def test_groups_with_optimizers_of_their_own_are_loaded_one_by_one():
+def test_partitioned_groups():
     params, grads = problem(11, steps=BEFORE + AFTER)
     options = {"lr": 0.01, "weight_decay": 0.1}
     theirs = Theirs(params, in_groups(torch.optim.NAdam, **options))
@@ -332,14 +332,14 @@ def test_groups_with_optimizers_of_their_own_are_loaded_one_by_one():
     assert gap(trajectory, theirs.run(grads[BEFORE:]), 0.01) < RESUMED
 
 
-def test_the_bounds_are_for_as_many_steps_as_they_say():
+def test_bounds_fit_the_steps():
     assert STEPS == 60
 
 
 @pytest.mark.x64
 @pytest.mark.usefixtures("double")
 @pytest.mark.lenient("optax.nadamw")
-def test_torch_follows_the_constant_rule_and_optax_nadamw():
+def test_constant_rule_in_torch():
     config = NadamConfig(rule="constant", learning_rate=0.01, eps=1e-8, weight_decay=0.1)
     params, grads = problem(13, steps=200, dtype=np.float64)
     theirs = Theirs(params, nadam(**ours.config_to(config))).run(grads)
@@ -363,7 +363,7 @@ def test_a_schedule_of_ours_in_torch():
 
 
 @pytest.mark.lenient("optax.nadamw mixes dtypes")
-def test_in_float32_torch_rounds_the_constant_rule_more_than_optax_and_we_do():
+def test_constant_rule_in_float32():
     """Each step rounds the params once more: torch multiplies them by 1 - lr * weight_decay before it adds."""
     config = NadamConfig(rule="constant", learning_rate=1e-3, eps=1e-8, weight_decay=0.1)
     params, grads = problem(13, steps=200)
@@ -384,7 +384,7 @@ def test_in_float32_torch_rounds_the_constant_rule_more_than_optax_and_we_do():
     assert 4e-6 < gap(theirs, exact, 1.0) < 1e-5
 
 
-def test_a_model_of_two_dtypes_that_torch_resumed_is_loaded():
+def test_two_dtypes():
     params, grads = problem(14, steps=BEFORE)
     params = {name: torch.nn.Parameter(torch.from_numpy(np.array(x))) for name, x in params.items()}
     params["kernel"] = torch.nn.Parameter(params["kernel"].bfloat16())
@@ -406,7 +406,7 @@ def test_a_model_of_two_dtypes_that_torch_resumed_is_loaded():
     assert float(optax.tree.get(state, "mu_product")) == products["torch.float32"]
 
 
-def test_a_shard_is_rejected_with_the_call_that_gives_the_whole(tmp_path):
+def test_shard_is_refused(tmp_path):
     import torch.distributed as distributed
     from torch.distributed.tensor import DeviceMesh, Replicate, distribute_tensor
 
@@ -423,7 +423,7 @@ def test_a_shard_is_rejected_with_the_call_that_gives_the_whole(tmp_path):
         distributed.destroy_process_group()
 
 
-def test_the_hyperparameters_of_every_optimizer_of_torch_are_known():
+def test_known_hyperparameters():
     defaults = set()
     for make in (getattr(torch.optim, name) for name in torch.optim.__all__):
         if isinstance(make, type) and issubclass(make, torch.optim.Optimizer) and make is not torch.optim.Optimizer:

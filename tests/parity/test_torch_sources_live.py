@@ -9,7 +9,7 @@ from tests.parity.torch_sources import KINDS, there_and_back
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_checkpoint_is_continued_and_given_back(name):
+def test_continued_and_returned(name):
     with pytest.warns(UserWarning, match=WARNS[name]) if name in WARNS else contextlib.nullcontext():
         here, back = there_and_back(KINDS[name])
     assert here < BOUND

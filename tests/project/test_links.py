@@ -17,19 +17,19 @@ def heading_ids(page):
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_no_link_or_picture_of_the_readme_is_relative():
+def test_links_are_absolute():
     assert len(LINKS) > 10
     assert [link for link in LINKS if not link.startswith("https://")] == []
 
 
-def test_the_readme_shows_its_pictures_raw():
+def test_pictures_are_raw():
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]*)\)", (ROOT / "README.md").read_text())
     assert pictures
     assert [picture for picture in pictures if not picture.startswith(RAW)] == []
 
 
 @pytest.mark.parametrize("link", [link for link in LINKS if link.startswith((SOURCE, RAW))])
-def test_what_the_readme_links_to_in_the_repository_is_there(link):
+def test_links_lead_somewhere(link):
     assert link.startswith((BLOB, RAW))
     path, _, heading = link.removeprefix(BLOB).removeprefix(RAW).partition("#")
     assert (ROOT / path).is_file()

@@ -32,7 +32,7 @@ def test_the_code_of_the_readme_runs():
         exec(compile(block, "README.md", "exec"), names)
 
 
-def test_code_comes_before_line_20_and_it_is_short():
+def test_code_comes_early():
     lines = README.splitlines()
     assert "```python" in lines[:20]
     assert len(lines) <= 100

@@ -9,22 +9,22 @@ ROOT = Path(__file__).parents[2]
 RELEASES = re.findall(r"^## \[(\d+\.\d+\.\d+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
 
 
-def test_the_newest_entry_of_the_changelog_is_of_this_version():
+def test_changelog():
     assert RELEASES[0][0] == optax_nadam.__version__
     assert sorted(RELEASES, key=lambda entry: [*map(int, entry[0].split("."))], reverse=True) == RELEASES
 
 
-def test_the_citation_is_of_this_version_and_its_date():
+def test_citation():
     citation = (ROOT / "CITATION.cff").read_text()
     assert re.findall(r'^(?:version|date-released): "?([^"\n]*)', citation, re.M) == list(RELEASES[0])
 
 
-def test_every_release_has_recorded_a_state():
+def test_recorded_states():
     recorded = {path.stem.removeprefix("state-") for path in (ROOT / "tests" / "recordings").glob("state-*.npz")}
     assert recorded == {version for version, _ in RELEASES}
 
 
-def test_a_commit_is_checked_by_the_ruff_of_all_other_runs():
+def test_pre_commit_ruff():
     hook = re.search(r"/ruff-pre-commit\n +rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
     newest = re.search(r"^ruff==(\S+)$", (ROOT / "constraints" / "newest.txt").read_text(), re.M)
     assert hook

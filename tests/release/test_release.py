@@ -65,32 +65,32 @@ def test_twine_finds_no_fault(wheel, sdist):
     run(sys.executable, "-m", "twine", "check", "--strict", str(wheel), str(sdist), cwd=wheel.parent)
 
 
-def test_the_wheel_has_the_package_its_types_and_the_licence_and_no_more(wheel):
+def test_wheel_contents(wheel):
     about = {f"{NAME}.dist-info/{name}" for name in ("METADATA", "WHEEL", "RECORD", "licenses/LICENSE")}
     assert set(zipfile.ZipFile(wheel).namelist()) == SOURCES | {"optax_nadam/py.typed"} | about
 
 
-def test_the_sdist_has_what_the_tests_need_and_nothing_that_a_run_leaves(sdist):
+def test_sdist_contents(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.removeprefix(f"{NAME}/") for name in archive.getnames()}
     assert names >= SOURCES | {"pyproject.toml", "LICENSE", "README.md", "CITATION.cff", "run.py", "tests/conftest.py"}
     assert [name for name in names if {"__pycache__", "build", "dist", "out", "site"} & set(name.split("/"))] == []
 
 
-def test_the_package_asks_for_jax_and_optax_alone(wheel):
+def test_requirements(wheel):
     (about,) = metadata.distributions(path=[str(wheel)])
     assert sorted(line.split(">=")[0] for line in about.requires or ()) == ["jax", "optax"]
     assert about.metadata.get_all("Provides-Extra") is None
 
 
-def test_the_wheel_says_where_the_project_is(wheel):
+def test_urls(wheel):
     (about,) = metadata.distributions(path=[str(wheel)])
     urls = dict(line.split(", ") for line in about.metadata.get_all("Project-URL") or ())
     assert set(urls) == {"Homepage", "Documentation", "Source", "Changelog", "Issues"}
     assert [url for url in urls.values() if not url.startswith("https://")] == []
 
 
-def test_the_installed_wheel_steps_and_its_docstrings_tell_the_truth(pip, wheel, tmp_path):
+def test_installed_wheel(pip, wheel, tmp_path):
     python = pip(wheel)
     assert optax_nadam.__version__ in run(python, "-W", "error", SMOKE, cwd=tmp_path)
     pip("pytest")
