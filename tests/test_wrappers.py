@@ -57,8 +57,8 @@ def test_norm_in_every_dtype(rng, dtype):
 
 def test_norm_of_narrow():
     """It neither overflows nor stalls, and gradients come to the moments clipped."""
-    many = clipped(1.0, 2000 * [jnp.ones(1, jnp.bfloat16)])
-    np.testing.assert_allclose(many[0], 2000**-0.5, rtol=unit(jnp.bfloat16))
+    many = clipped(1.0, 600 * [jnp.ones(1, jnp.bfloat16)])  # a sum of ones in bfloat16 stops at 256
+    np.testing.assert_allclose(many[0], 600**-0.5, rtol=unit(jnp.bfloat16))
     g = jnp.full(1000, 10.0, jnp.float16)
     configs = [NadamConfig(clip_global_norm=1.0), NadamConfig(clip_norm=1.0)]
     for tx in (*(config.build() for config in configs), optax.chain(clip_by_global_norm(1.0), nadam())):
@@ -148,7 +148,7 @@ def test_cautious_signs():
     tx = NadamConfig(learning_rate=-1.0, rule="simplified", cautious=True).build()
     nadam_state, *others = tx.init(g)
     state = nadam_state._replace(m=m, v=jax.tree.map(jnp.ones_like, g), count=jnp.int32(5))
-    signs = jax.tree.map(jnp.sign, tx.update(g, (state, *others))[0])
+    signs = jax.tree.map(jnp.sign, jax.jit(tx.update)(g, (state, *others))[0])
     chex.assert_trees_all_equal(
         signs, {"against": jnp.zeros(4), "zero": jnp.array([0.0, 1.0]), "tiny": jnp.array([1.0, -1.0])}
     )
