@@ -71,7 +71,7 @@ def test_convert_unbiased(rng):
     value = jnp.asarray(rng.uniform(0.3, 0.31, size=(256, 256)), jnp.float32)
     state = state._replace(count=jnp.int32(7), m=value, v=value)
     for dtype in ("bfloat16", "int8"):
-        back = numbers(convert_moments(state, m_dtype=dtype, v_dtype=dtype))
+        back = jax.jit(lambda s, to=dtype: numbers(convert_moments(s, m_dtype=to, v_dtype=to)))(state)
         for moment in (back.m, back.v):
             assert abs(np.mean(moment - value)) < 5 * 0.01 / 256
         assert not np.array_equal(back.m - value, back.v - value)

@@ -57,8 +57,8 @@ def test_norm_in_every_dtype(rng, dtype):
 
 def test_norm_of_narrow():
     """It neither overflows nor stalls, and gradients come to the moments clipped."""
-    many = clipped(1.0, 2000 * [jnp.ones(1, jnp.bfloat16)])
-    np.testing.assert_allclose(many[0], 2000**-0.5, rtol=unit(jnp.bfloat16))
+    many = clipped(1.0, 600 * [jnp.ones(1, jnp.bfloat16)])  # a sum of ones in bfloat16 stops at 256
+    np.testing.assert_allclose(many[0], 600**-0.5, rtol=unit(jnp.bfloat16))
     g = jnp.full(1000, 10.0, jnp.float16)
     configs = [NadamConfig(clip_global_norm=1.0), NadamConfig(clip_norm=1.0)]
     for tx in (*(config.build() for config in configs), optax.chain(clip_by_global_norm(1.0), nadam())):
@@ -142,7 +142,10 @@ def test_accumulate_many():
 
 
 def test_cautious_signs():
-    """Updates may all be zero, are so where the gradient is, and are not where their product with it vanishes."""
+    """Updates may all be zero, are so where the gradient is, and are not where their product with it vanishes.
+
+    Not compiled: XLA would make a choice of the product of zero and infinity.
+    """
     g = {"against": jnp.full(4, 1e-3), "zero": jnp.asarray([0.0, 1.0]), "tiny": jnp.asarray([1e-30, -1e-30])}
     m = {"against": jnp.full(4, -1.0), "zero": jnp.ones(2), "tiny": jnp.zeros(2)}
     tx = NadamConfig(learning_rate=-1.0, rule="simplified", cautious=True).build()
