@@ -1,4 +1,4 @@
-"""AlgoPerf's nadamw under its own names."""
+"""AlgoPerf's nadamw under its own names: its steps, its state, configs that make the round trip, refusals by name."""
 
 import dataclasses
 import re

@@ -1,4 +1,4 @@
-"""From one framework to another: configs and states that pass through ours."""
+"""From one framework to another: configs and states that pass through ours, also through narrow moments."""
 
 import dataclasses
 

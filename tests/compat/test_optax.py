@@ -1,4 +1,11 @@
-"""The Nadams and Adams of Optax, beside Optax itself."""
+"""The Nadams and Adams of Optax, beside Optax itself.
+
+- Every argument of ``nadam``, ``nadamw``, ``adam`` and ``adamw``, at its place and with its default.
+- 60 steps of each within 1e-3 learning rates of Optax's, which is Optax's own error in float32.
+- A run continues from a state in any wrapper, also one restored as plain dicts and lists, matched by name; none, two
+  states, or other names are refused. Arrays are copied.
+- Configs make the round trip; what Optax cannot express is refused with the change that it needs.
+"""
 
 import dataclasses
 import inspect
