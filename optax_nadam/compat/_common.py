@@ -25,6 +25,8 @@ _NO_CONFIG = (
     " computed. Pass config=, the NadamConfig of the optimizer that continues."
 )
 _LEAVE_OUT = "Leave it out, or do it around the optimizer: pass dataclasses.replace(config, {name}={default!r})."
+# Where the other side takes a schedule as a function.
+SCHEDULE = "Pass config.learning_rate.build() to it, and here pass dataclasses.replace(config, learning_rate=1.0)."
 
 
 class Checkpoint(NamedTuple):

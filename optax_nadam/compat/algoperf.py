@@ -14,7 +14,7 @@ from optax_nadam import _nadam as ours
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES, Rule, RuleName
-from optax_nadam.compat._common import cannot_express, check_expressible, check_keys, config_of, rule_of
+from optax_nadam.compat._common import SCHEDULE, cannot_express, check_expressible, check_keys, config_of, rule_of
 from optax_nadam.compat.optax import load_state, to_adam_state
 
 __all__ = ["config_from", "config_to", "dump_state", "load_state", "nadamw"]
@@ -133,7 +133,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
     """
     debias = _debias(config)
     if not isinstance(config.learning_rate, float):
-        raise cannot_express(_SIDE, "learning_rate", config.learning_rate, "Pass config.learning_rate.build() to it.")
+        raise cannot_express(_SIDE, "learning_rate", config.learning_rate, SCHEDULE)
     return {name: getattr(config, name) for name in _SHARED} | {"debias": debias, "power": rule_of(config).power}
 
 

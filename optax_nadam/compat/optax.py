@@ -16,6 +16,7 @@ from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES, RuleName
 from optax_nadam.compat._common import (
+    SCHEDULE,
     Checkpoint,
     cannot_express,
     check_expressible,
@@ -33,6 +34,7 @@ _OPTIMIZERS = ("nadam", "nadamw", "adam", "adamw")
 _SHARED = ("learning_rate", "b1", "b2", "eps", "eps_root")
 _EXPRESSIBLE = (*_SHARED, "rule", "weight_decay", "m_dtype")
 _OTHER_RULE = "Optax follows 'constant' (nadamw) and 'adam' (adamw): pass dataclasses.replace(config, rule='constant')."
+_NO_8_BITS = "It has no 8-bit format: pass dataclasses.replace(config, m_dtype='bfloat16')."
 
 _FIELDS = optax.ScaleByAdamState._fields  # count, mu, nu
 _NOT_ONE = (
@@ -240,8 +242,7 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
     """
     _check_config(config)
     if not isinstance(config.learning_rate, float):
-        advice = "Pass config.learning_rate.build() to it."
-        raise cannot_express("optax.nadamw", "learning_rate", config.learning_rate, advice)
+        raise cannot_express("optax.nadamw", "learning_rate", config.learning_rate, SCHEDULE)
     decay = {"weight_decay": config.weight_decay, "mu_dtype": config.m_dtype}
     return {name: getattr(config, name) for name in _SHARED} | decay | {"nesterov": rule_of(config).nesterov}
 
@@ -252,7 +253,7 @@ def _check_config(config: NadamConfig) -> None:
     if rule_of(config) not in (RULES["constant"], RULES["adam"]):
         raise cannot_express("optax.nadamw", "rule", config.rule, _OTHER_RULE)
     if config.m_dtype == "int8":
-        raise cannot_express("optax.nadamw", "m_dtype", config.m_dtype, "It has no 8-bit format.")
+        raise cannot_express("optax.nadamw", "m_dtype", config.m_dtype, _NO_8_BITS)
 
 
 def load_state(

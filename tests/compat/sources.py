@@ -16,7 +16,7 @@ from optax_nadam import compat
 from tests.parity.problem import SHAPES, problem, run
 
 BEFORE, AFTER, LR = 12, 8, 0.01
-_ADVICE = re.compile(r"^(\S+) cannot express (\w+)=.*?(dataclasses\.replace\(config, \w+=[^)]*\))", re.DOTALL)
+_ADVICE = re.compile(r"^(.+?) cannot express (\w+)=.*?(dataclasses\.replace\(config, \w+=[^)]*\))", re.DOTALL)
 RECORDINGS = pathlib.Path(__file__).parent / "recordings"
 
 

@@ -13,7 +13,10 @@ from jax import numpy as jnp
 
 from optax_nadam import NadamConfig, compat, get_state
 from optax_nadam._rules import RULES
+from tests.compat.sources import follow_advice
 from tests.parity.problem import problem, run
+
+STATE = compat.algoperf.nadamw(0.1).init(jnp.ones(2))
 
 
 # AlgoPerf's nadamw run on gradients .5, -.25, .1 from 1 at a learning rate of .01, in float32.
@@ -95,8 +98,11 @@ def test_other_records():
     ],
 )
 def test_inexpressible(fields, text):
-    with pytest.raises(ValueError, match=re.escape(text)):
-        compat.algoperf.config_to(NadamConfig(**{"rule": "simplified", **fields}))
+    config = NadamConfig(**{"rule": "simplified", **fields})
+    for refuse in (compat.algoperf.config_to, lambda config: compat.algoperf.dump_state(STATE, config=config)):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            refuse(config)
+    assert follow_advice(compat.algoperf.config_to, config) == [("AlgoPerf's nadamw", *fields)]
 
 
 def test_calls_that_cannot_be_read():

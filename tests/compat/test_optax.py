@@ -21,6 +21,7 @@ from jax import numpy as jnp
 
 import optax_nadam
 from optax_nadam import NadamConfig, ScheduleConfig, compat, nadam
+from tests.compat.sources import follow_advice
 from tests.parity.problem import gap, problem, run
 
 pytestmark = pytest.mark.lenient("Optax's own Nadam mixes dtypes")
@@ -30,6 +31,7 @@ BOUND = 1e-3
 
 
 MASK = {"kernel": True, "bias": False, "conv": True, "scale": False}
+COSINE = {"initial_learning_rate": 1.0, "decay_steps": 9}
 SCHEDULE = optax.cosine_decay_schedule(LEARNING_RATE, 60)
 CALLS = {
     "nadam": ("nadam", {}),
@@ -310,14 +312,24 @@ def test_mu_dtype_round_trip():
         ({"m_dtype": "int8"}, "optax.nadamw cannot express m_dtype='int8'"),
         ({"v_dtype": "bfloat16"}, "optax.nadamw cannot express v_dtype='bfloat16'"),
         (
-            {"learning_rate": ScheduleConfig("cosine_decay", {"initial_learning_rate": 1.0, "decay_steps": 9})},
+            {"learning_rate": ScheduleConfig("cosine_decay", COSINE)},
             "Pass config.learning_rate.build() to it",
         ),
     ],
 )
 def test_inexpressible(fields, text):
+    config = dataclasses.replace(CONSTANT, **fields)
     with pytest.raises(ValueError, match=re.escape(text)):
-        compat.optax.config_to(dataclasses.replace(CONSTANT, **fields))
+        compat.optax.config_to(config)
+    assert follow_advice(compat.optax.config_to, config) == [("optax.nadamw", *fields)]
+
+
+def test_dump_checks_the_config():
+    """Whatever its learning rate, which the state does not hold."""
+    state, schedule = compat.optax.nadam(0.1).init(jnp.ones(2)), ScheduleConfig("cosine_decay", COSINE)
+    assert compat.optax.dump_state(state, config=dataclasses.replace(CONSTANT, learning_rate=schedule)).count == 0
+    with pytest.raises(ValueError, match=r"optax.nadamw cannot express rule='scheduled'"):
+        compat.optax.dump_state(state, config=NadamConfig())
 
 
 @pytest.mark.parametrize(
