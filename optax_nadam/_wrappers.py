@@ -119,9 +119,7 @@ def accumulate(tx: optax.GradientTransformation, steps: int) -> optax.GradientTr
             skip_state=(),
         )
 
-    # Outside of jit, lax.switch would be compiled in every call. Functions, such as value_fn, cannot be traced.
-    @functools.partial(jax.jit, static_argnums=4)
-    def accumulated(updates: Any, state: Any, params: Any, arrays: dict[str, Any], functions: Any) -> tuple[Any, Any]:
+    def accumulated(updates: Any, state: Any, params: Any, extra_args: dict[str, Any]) -> tuple[Any, Any]:
         validation.check_like_moments("gradients", updates, state.acc_grads)
         is_last = state.mini_step == steps - 1
 
@@ -129,7 +127,7 @@ def accumulate(tx: optax.GradientTransformation, steps: int) -> optax.GradientTr
             return mean + (g.astype(mean.dtype) - mean) / (state.mini_step + 1).astype(mean.dtype)
 
         def step(mean: Any, inner_state: Any) -> tuple[Any, Any]:
-            return inner.update(_like(updates, mean), inner_state, params, **arrays, **dict(functions))
+            return inner.update(_like(updates, mean), inner_state, params, **extra_args)
 
         def last(mean: Any, inner_state: Any) -> tuple[Any, Any]:
             u, stepped = step(mean, inner_state)
@@ -151,13 +149,15 @@ def accumulate(tx: optax.GradientTransformation, steps: int) -> optax.GradientTr
             skip_state=state.skip_state,
         )
 
+    compiled = jax.jit(accumulated)  # outside of jit, lax.switch would be compiled in every call
+
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.MultiStepsState]:
         validation.check_state("accumulate", state, optax.MultiStepsState)
-        arrays = {name: x for name, x in extra_args.items() if not callable(x)}
-        functions = {name: x for name, x in extra_args.items() if callable(x)}
-        return accumulated(updates, state, params, arrays, tuple(functions.items()))
+        # A function, such as value_fn, cannot be traced; as a static argument, what it closes over would be kept.
+        has_functions = any(map(callable, extra_args.values()))
+        return (accumulated if has_functions else compiled)(updates, state, params, extra_args)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -115,17 +115,26 @@ def test_is_multi_steps(rng):
     def loss(params):
         return jnp.sum(params**2)
 
-    def end(tx, update):
-        params = jnp.ones(5)
+    def end(tx):
+        params, update = jnp.ones(5), jax.jit(tx.update, static_argnames="value_fn")
         state = tx.init(params)
         for g in grads:
             u, state = update(g, state, params, value=loss(params), grad=2 * params, value_fn=loss)
             params = optax.apply_updates(params, u)
         return params
 
-    ours, theirs = accumulate(inner, 3), optax.MultiSteps(inner, 3)
-    expected = end(theirs, jax.jit(theirs.update, static_argnames="value_fn"))
-    chex.assert_trees_all_close(end(ours, ours.update), expected, rtol=1e-5)
+    chex.assert_trees_all_close(end(accumulate(inner, 3)), end(optax.MultiSteps(inner, 3)), rtol=1e-5)
+
+
+def test_functions_are_not_kept():
+    """A function may close over what the caller traces, which no cache of ours holds on to."""
+    tx, g = accumulate(optax.sgd(0.1), 2), jnp.ones(2)
+
+    def update(scale):
+        return tx.update(g, tx.init(g), g, value_fn=lambda p: scale * p)[1].acc_grads
+
+    with jax.checking_leaks():
+        chex.assert_trees_all_equal(jax.jit(update)(jnp.float32(2.0)), g)
 
 
 @pytest.mark.parametrize(("steps", "kind"), [(0, ValueError), (2.0, TypeError), (True, TypeError)])
