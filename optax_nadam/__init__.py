@@ -5,17 +5,16 @@ from optax_nadam._compensated import CompensatedState, compensated, master_param
 from optax_nadam._config import NadamConfig
 from optax_nadam._load import set_count
 from optax_nadam._nadam import nadam, nadamw, scale_by_nadam
-from optax_nadam._quantized import Quantized
 from optax_nadam._rules import Rule, RuleName
 from optax_nadam._schedules import ScheduleConfig
-from optax_nadam._state import ScaleByNadamState, convert_moments, get_state
+from optax_nadam._state import QuantizedNadamState, ScaleByNadamState, convert_moments, get_state
 from optax_nadam._wrappers import accumulate, clip_by_global_norm
 
 __version__ = "0.2.0"
 __all__ = [
     "CompensatedState",
     "NadamConfig",
-    "Quantized",
+    "QuantizedNadamState",
     "Rule",
     "RuleName",
     "ScaleByNadamState",

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import dtype_of, in_device_memory, placed_like, zeros_like
 from optax_nadam._rounding import RandomBits, bits_of, number_of
-from optax_nadam._tree import map_and_unzip, map_nodes, the_node
+from optax_nadam._tree import map_nodes, the_node, unzip
 
 _FLOAT16 = (
     "{leaf} has dtype float16; compensated stores what rounding to bfloat16 drops. Cast it to bfloat16 or float32."
@@ -125,8 +125,10 @@ def compensated(
             weights = jax.tree.map(_weight, params, state.remainder)
         steps, inner_state = inner.update(_in_float32(updates), state.inner_state, weights, **extra_args)
         with jax.named_scope("compensated"):
-            update_leaf = functools.partial(_update_leaf, random=RandomBits.for_weights(count))
-            applied, remainder = map_and_unzip(2, update_leaf, params, weights, steps, state.remainder)
+            structure: Any = jax.tree.structure(params)
+            leaves = zip(*map(structure.flatten_up_to, (params, weights, steps, state.remainder)), strict=True)
+            stepped = [_update_leaf(*each, RandomBits.for_weights(count, i)) for i, each in enumerate(leaves)]
+            applied, remainder = unzip(structure, stepped, 2)
         return applied, CompensatedState(count, remainder, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -189,7 +191,9 @@ def set_master_params(opt_state: Any, weights: optax.Params) -> tuple[optax.Para
     """
     state = the_node("opt_state", opt_state, CompensatedState)
     _check_masters(weights, state.remainder)
-    params, remainder = map_and_unzip(2, _split_leaf, weights, state.remainder)
+    structure: Any = jax.tree.structure(weights)
+    leaves = zip(*map(structure.flatten_up_to, (weights, state.remainder)), strict=True)
+    params, remainder = unzip(structure, [_split_leaf(*each) for each in leaves], 2)
     new = state._replace(remainder=remainder)
     return params, map_nodes(lambda _: new, opt_state, CompensatedState)
 
@@ -276,7 +280,7 @@ def _weight(p: jax.Array, remainder: Any) -> jax.Array:
 
 
 def _update_leaf(
-    p: jax.Array, weight: jax.Array, step: jax.Array, remainder: Any, *, random: RandomBits
+    p: jax.Array, weight: jax.Array, step: jax.Array, remainder: Any, random: RandomBits
 ) -> tuple[jax.Array, Any]:
     """The update from a bfloat16 param to its new value, and the new remainder; another leaf takes the step itself."""
     if not _is_bfloat16(p):

@@ -11,10 +11,10 @@ from jax.typing import ArrayLike
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig, product_after
 from optax_nadam._leaves import complex_like, compute_dtype, in_device_memory, placed_like
-from optax_nadam._moments import Moment, encode
-from optax_nadam._quantized import is_quantized
+from optax_nadam._moments import encode
+from optax_nadam._quantized import Moment
 from optax_nadam._rounding import RandomBits
-from optax_nadam._state import INJECTED, ScaleByNadamState, get_state
+from optax_nadam._state import INJECTED, KINDS, NadamState, get_state, moments_of, with_moments
 from optax_nadam._tree import by_names_of, map_nodes
 
 
@@ -36,26 +36,30 @@ def put_state(opt_state: Any, *, count: int, mu_product: float, m: Any, v: Any) 
       TypeError: a moment is not an array of numbers.
     """
     old = get_state(opt_state)
-    m, v = by_names_of(old.m, m, is_quantized), by_names_of(old.v, v, is_quantized)
+    m, v = by_names_of(old.m, m), by_names_of(old.v, v)
     for name, moments, like in (("m", m, old.m), ("v", v, old.v)):
         validation.check_like_moments(name, moments, like)
-    moments = {
-        "m": _encoded(m, old.m, RandomBits.for_m(_at_most_int32(count))),
-        "v": _encoded(v, old.v, RandomBits.for_v(_at_most_int32(count))),
-    }
-    new = _replaced(old, count=count, mu_product=mu_product)._replace(**moments)
-    return map_nodes(lambda _: new, opt_state, ScaleByNadamState)
+    seed = _at_most_int32(count)
+    like_m, like_v = moments_of(old)
+    new = with_moments(
+        _replaced(old, count=count, mu_product=mu_product),
+        [
+            _encoded(x, y, RandomBits.for_m(seed, i))
+            for i, (x, y) in enumerate(zip(jax.tree.leaves(m), like_m, strict=True))
+        ],
+        [
+            _encoded(x, y, RandomBits.for_v(seed, i))
+            for i, (x, y) in enumerate(zip(jax.tree.leaves(v), like_v, strict=True))
+        ],
+    )
+    return map_nodes(lambda _: new, opt_state, KINDS)
 
 
-def _encoded(moments: Any, like: Any, bits: RandomBits) -> Any:
-    """Arrays of any dtype as moments in the format and on the devices of ``like``."""
-
-    def encode_copy(x: Any, like: Moment) -> Moment:
-        # A copy: jnp.asarray may share the memory of an array that its framework updates in place.
-        encoded = encode(jnp.array(in_device_memory(x), complex_like(compute_dtype(like), like)), like, bits)
-        return jax.tree.map(placed_like, encoded, like)
-
-    return jax.tree.map(encode_copy, moments, like)
+def _encoded(x: Any, like: Moment, bits: RandomBits) -> Moment:
+    """An array of any dtype as a moment in the format and on the devices of another."""
+    # A copy: jnp.asarray may share the memory of an array that its framework updates in place.
+    copy = jnp.array(in_device_memory(x), complex_like(compute_dtype(like), like.array))
+    return jax.tree.map(placed_like, encode(copy, like, bits), like)
 
 
 def set_count(opt_state: Any, count: ArrayLike, config: NadamConfig) -> Any:
@@ -89,10 +93,10 @@ def set_count(opt_state: Any, count: ArrayLike, config: NadamConfig) -> Any:
     steps = validation.parse_count("count", count)
     get_state(opt_state)  # of which there is one
 
-    def set_progress(state: ScaleByNadamState) -> ScaleByNadamState:
+    def set_progress(state: NadamState) -> NadamState:
         return _replaced(state, count=steps, mu_product=product_after(steps, config))
 
-    return put_counters(map_nodes(set_progress, opt_state, ScaleByNadamState), steps)
+    return put_counters(map_nodes(set_progress, opt_state, KINDS), steps)
 
 
 def put_counters(opt_state: Any, count: int) -> Any:

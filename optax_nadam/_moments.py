@@ -1,7 +1,4 @@
-"""The formats of a moment: zeros in a format, ``encode`` into it, ``decode`` from it, and a step of the average.
-
-A moment is an array of its own dtype, or a :class:`Quantized`: a byte for each element and a scale for each row.
-"""
+"""The formats of a moment: zeros in a format, ``encode`` into it, ``decode`` from it, and a step of the average."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +10,8 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_nadam._leaves import complex_like, compute_dtype, is_complex, zeros_like
-from optax_nadam._quantized import MIN_SIZE, Quantized, largest_of_rows, quantize, zero_quantized
+from optax_nadam._quantized import Moment, decode_codes, encode_codes, is_worth_codes, zero_codes
 from optax_nadam._rounding import RandomBits, round_to
-
-Moment = jax.Array | Quantized
 
 _FORMATS = (jnp.int8, jnp.bfloat16, jnp.float32, jnp.float64)
 _NOT_A_FORMAT = (
@@ -48,32 +43,35 @@ def parse_format(name: str, value: DTypeLike | None) -> jnp.dtype | None:
 
 def zero_m(param: Any, dtype: DTypeLike | None) -> Moment:
     """The first moment before the first step, complex where the parameter is; complex moments are never 8-bit."""
-    if _is_8_bit(dtype) and not is_complex(param):
+    if is_8_bit(dtype) and not is_complex(param):
         return _zero_8_bit(param, jnp.int8)
-    parts = compute_dtype(param) if dtype is None or _is_8_bit(dtype) else dtype
-    return zeros_like(param, complex_like(parts, param))
+    parts = compute_dtype(param) if dtype is None or is_8_bit(dtype) else dtype
+    return Moment(zeros_like(param, complex_like(parts, param)))
 
 
 def zero_v(param: Any, dtype: DTypeLike | None) -> Moment:
     """The second moment before the first step, always real."""
-    return _zero_8_bit(param, jnp.uint8) if _is_8_bit(dtype) else zeros_like(param, dtype or compute_dtype(param))
+    if is_8_bit(dtype):
+        return _zero_8_bit(param, jnp.uint8)
+    return Moment(zeros_like(param, dtype or compute_dtype(param)))
 
 
-def _is_8_bit(dtype: DTypeLike | None) -> bool:
+def is_8_bit(dtype: DTypeLike | None) -> bool:
+    """Whether a format is the 8-bit one."""
     return dtype is not None and jnp.dtype(dtype) == jnp.int8
 
 
 def _zero_8_bit(param: Any, codes_dtype: DTypeLike) -> Moment:
-    """A quantized zero; for leaves too small to be quantized, zeros of the dtype they are computed in."""
-    if jnp.size(param) < MIN_SIZE:
-        return zeros_like(param, compute_dtype(param))
-    return zero_quantized(param, codes_dtype)
+    """Zeros in codes; of a leaf that is not worth them, zeros of the dtype it is computed in."""
+    if not is_worth_codes(jnp.shape(param)):
+        return Moment(zeros_like(param, compute_dtype(param)))
+    return zero_codes(param, codes_dtype)
 
 
 def average(stored: Moment, new: jax.Array, weight: jax.Array, bits: RandomBits) -> tuple[jax.Array, Moment]:
     """The moment after one step, :math:`(1 - w) x + w y`: the number to compute with, and what is stored.
 
-    In a narrow format, the number to compute with is the stored one: otherwise XLA makes two passes on TPU where one is
+    In bfloat16, the number to compute with is the stored one: otherwise XLA makes two passes on TPU where one is
     enough.
 
     Args:
@@ -83,28 +81,28 @@ def average(stored: Moment, new: jax.Array, weight: jax.Array, bits: RandomBits)
       bits: for stochastic rounding, where the format is narrow.
     """
 
-    def step(stored: Moment, new: jax.Array) -> tuple[jax.Array, Moment]:
-        value = _lerp(decode(stored, new.dtype), new, weight)
-        return value, encode(value, stored, bits)
 
-    if isinstance(stored, Quantized):
-        encoded = _once_on_a_cpu(lambda stored, new: step(stored, new)[1], bits.seed < 0, stored, new)
-        return decode(encoded, new.dtype), encoded
-    value, encoded = step(stored, new)
-    return (decode(encoded, new.dtype) if stored.dtype == jnp.bfloat16 else value), encoded
+    def step(stored: Moment, new: jax.Array) -> jax.Array:
+        return _lerp(decode(stored, new.dtype), new, weight)
+
+    value = step(stored, new)
+    if stored.scales:
+        return value, _once_on_a_cpu(lambda *x: encode(step(*x), stored, bits), bits.seed < 0, stored, new)
+    encoded = encode(value, stored, bits)
+    return (decode(encoded, new.dtype) if stored.array.dtype == jnp.bfloat16 else value), encoded
 
 
 def _once_on_a_cpu(
     step: Callable[[Moment, jax.Array], Moment], never: jax.Array, stored: Moment, new: jax.Array
 ) -> Moment:
-    """A step of an 8-bit moment, whose codes XLA:CPU does not compute again in the kernel of the update.
+    """A step of an 8-bit moment, of which XLA:CPU computes nothing again in the kernel of the update.
 
     It is one of two branches, of which the other, which leaves the moment as it is, is never taken.
     """
 
     def unchanged(stored: Moment, new: jax.Array) -> Moment:
         # Under shard_map, what is stored must vary over the same devices after both: those of the new values.
-        return jax.tree.map(lambda x, y: jnp.where(y == y, x, x), stored, Quantized(new, largest_of_rows(new)))
+        return jax.tree.map(lambda x: jnp.where(new.ravel()[0] == 0, x, x), stored)
 
     def behind_a_branch(stored: Moment, new: jax.Array) -> Moment:
         return lax.switch(never.astype(jnp.int32), [step, unchanged], stored, new)
@@ -123,9 +121,11 @@ def _lerp(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
 
 def decode(stored: Moment, dtype: DTypeLike) -> jax.Array:
     """The numbers of a moment, whatever its format."""
-    return stored.decode(dtype) if isinstance(stored, Quantized) else stored.astype(dtype)
+    return decode_codes(stored, dtype) if stored.scales else stored.array.astype(dtype)
 
 
 def encode(value: jax.Array, like: Moment, bits: RandomBits) -> Moment:
     """Numbers in the format of another moment, stochastically rounded where that is narrow."""
-    return quantize(value, like, bits) if isinstance(like, Quantized) else round_to(value, like.dtype, bits)
+    if like.scales:
+        return encode_codes(value, like.array.dtype, bits)
+    return Moment(round_to(value, like.array.dtype, bits))

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax import numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import abs_squared, complex_like, compute_dtype
-from optax_nadam._moments import Moment, average, parse_format, zero_m, zero_v
-from optax_nadam._quantized import as_quantized, is_quantized
+from optax_nadam._moments import average, is_8_bit, parse_format, zero_m, zero_v
+from optax_nadam._quantized import Moment
 from optax_nadam._rounding import RandomBits
 from optax_nadam._rules import (
     Coefficients,
@@ -28,8 +29,7 @@ from optax_nadam._rules import (
     scalars_of_step,
 )
 from optax_nadam._schedules import parse_learning_rate, parse_weight_decay
-from optax_nadam._state import ScaleByNadamState
-from optax_nadam._tree import in_form_of, map_and_unzip
+from optax_nadam._state import NadamState, ScaleByNadamState, check_nadam_state, moments_of, with_moments
 
 
 def scale_by_nadam(
@@ -138,46 +138,45 @@ def scale_by(
     check_hyperparameters(h)
     m_format, v_format = parse_format("m_dtype", m_dtype), parse_format("v_dtype", v_dtype)
 
-    def init(params: optax.Params) -> ScaleByNadamState:
+    def init(params: optax.Params) -> NadamState:
         validation.check_leaves("params", params)
-        return ScaleByNadamState(
-            count=jnp.zeros((), jnp.int32),
-            mu_product=jnp.ones((), scalar_dtype()),
-            m=jax.tree.map(lambda p: zero_m(p, m_format), params),
-            v=jax.tree.map(lambda p: zero_v(p, v_format), params),
-        )
+        m, v = ([zero(p, x) for p in jax.tree.leaves(params)] for zero, x in ((zero_m, m_format), (zero_v, v_format)))
+        new = ScaleByNadamState(jnp.zeros((), jnp.int32), jnp.ones((), scalar_dtype()), params, params)
+        return with_moments(new, m, v, quantized=is_8_bit(m_format) or is_8_bit(v_format))
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
-    ) -> tuple[optax.Updates, ScaleByNadamState]:
+    ) -> tuple[optax.Updates, NadamState]:
         del extra_args
-        validation.check_state("scale_by_nadam", state, ScaleByNadamState)
-        validation.check_arrays("scale_by_nadam", state)
-        m, v = (in_form_of(updates, as_quantized(moments), is_quantized) for moments in (state.m, state.v))
-        validation.check_like_moments("gradients", updates, m)
+        check_nadam_state("scale_by_nadam", state)
+        validation.check_like_moments("gradients", updates, state.m)
         if params is not None:
-            validation.check_like_moments("params", params, m)
+            validation.check_like_moments("params", params, state.m)
         with jax.named_scope("nadam"):
             count: Any = optax.safe_increment(state.count)
             mu_product, c = scalars_of_step(rule, count, state.mu_product, h)
-            u, m, v = map_and_unzip(3, lambda g, m, v: _update_leaf(g, m, v, c, count, power), updates, m, v)
-        product = mu_product.astype(state.mu_product.dtype)
-        return u, ScaleByNadamState(count, product, in_form_of(state.m, m), in_form_of(state.v, v))
+            leaves = zip(jax.tree.leaves(updates), *moments_of(state), strict=True)
+            stepped = [_update_leaf(g, m, v, c, count, np.uint32(i), power) for i, (g, m, v) in enumerate(leaves)]
+        u, m, v = ([each[i] for each in stepped] for i in range(3))
+        new = state._replace(count=count, mu_product=mu_product.astype(state.mu_product.dtype))
+        return jax.tree.unflatten(jax.tree.structure(updates), u), with_moments(new, m, v)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@functools.partial(jax.jit, static_argnums=5)
+@functools.partial(jax.jit, static_argnums=6)
 def _update_leaf(
-    g: jax.Array, m: Moment, v: Moment, c: Coefficients, step: jax.Array, power: float
+    g: jax.Array, m: Moment, v: Moment, c: Coefficients, step: jax.Array, leaf: jax.Array, power: float
 ) -> tuple[jax.Array, Moment, Moment]:
     """One step of one leaf; traced once for all leaves of a shape."""
     real = compute_dtype(g, m, v)
     c = Coefficients(*(x.astype(real) for x in c))
     grad = g.astype(complex_like(real, g))
 
-    m_t, m_stored = average(m, grad, c.m_weight, RandomBits.for_m(step))
-    v_t, v_stored = average(v, abs_squared(grad), c.v_weight, RandomBits.for_v(step))
+    m_t, m_stored = average(m, grad, c.m_weight, RandomBits.for_m(step, leaf))
+    v_t, v_stored = average(v, abs_squared(grad), c.v_weight, RandomBits.for_v(step, leaf))
+    if v.scales:  # a code may stand for a v that no gradients give with this m
+        v_t = jnp.maximum(v_t, c.v_floor * abs_squared(m_t))
     u = direction(grad, m_t, v_t, c, power)
     return u.astype(g.dtype), m_stored, v_stored
 

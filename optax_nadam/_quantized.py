@@ -1,128 +1,129 @@
-"""The 8-bit format of a moment: codes on a curve, and a scale for each row."""
+"""The 8-bit format of a moment: codes on a curve, and a scale for each row and each column."""
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-from jax import export
+import numpy as np
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_nadam._leaves import zeros_like
-from optax_nadam._rounding import RandomBits, bits_of, number_of
+from optax_nadam._rounding import RandomBits
 
 MIN_SIZE = 1024  # elements; smaller leaves are not quantized
-_ROW_SIZE = 64  # elements that a row has at least
+SEGMENT = 128  # elements of a vector that share a scale
+_LARGEST_SCALES = 0.5  # bytes of scales a parameter that a moment may have
 
 
 class Curve(NamedTuple):
-    """How codes stand for numbers: the largest code, a power, its inverse, and whether codes are signed."""
+    """How codes stand for numbers: the largest code, the one that stands for NaN, a power, and its inverse."""
 
     max_code: float
+    nan_code: int
     power: int
     root: Callable[[jax.Array], jax.Array]
-    signed: bool
 
 
-_CURVES = {
-    jnp.dtype(jnp.int8): Curve(127.0, 2, jnp.sqrt, signed=True),
-    jnp.dtype(jnp.uint8): Curve(255.0, 4, lambda x: jnp.sqrt(jnp.sqrt(x)), signed=False),
+CURVES = {
+    jnp.dtype(jnp.int8): Curve(127.0, -128, 2, jnp.sqrt),
+    jnp.dtype(jnp.uint8): Curve(254.0, 255, 4, lambda x: jnp.sqrt(jnp.sqrt(x))),
 }
 
 
-@functools.partial(export.register_namedtuple_serialization, serialized_name="optax_nadam.Quantized")
-class Quantized(NamedTuple):
-    r"""A moment of one byte an element: :math:`x_i = \operatorname{sign}(k_i)\, (|k_i| / K)^p\, s_{row(i)}`.
+class Moment(NamedTuple):
+    r"""A moment of a leaf as it is stored: an array of its shape, which may hold codes, and the scales of the codes.
+
+    .. math:: x_{ij} = \operatorname{sign}(k_{ij})\, (|k_{ij}| / K)^p \min(r_i, c_j)
 
     The codes :math:`k` of a first moment are signed, with :math:`K = 127, p = 2`; those of a second moment are not,
-    with :math:`K = 255, p = 4`. So both ``m`` and the root of ``v`` resolve small values beside large ones. A row
-    spans the last axes, as few as hold 64 elements: most often only the last one. The field names are the format on
-    disk and do not change.
+    with :math:`K = 254, p = 4`. So both ``m`` and the root of ``v`` resolve small values beside large ones. The row
+    scale :math:`r_i` is the largest magnitude along the last axis, the column scale :math:`c_j` that along the longest
+    other axis; all further axes are batch. A vector has one scale for every 128 elements.
 
     Attributes:
-      codes: int8 or uint8, of the shape of the leaf.
-      scale: bfloat16, the shape of the leaf without the axes of a row: the largest magnitude in the row, rounded up.
+      array: the numbers, of any dtype, or codes, int8 or uint8.
+      scales: float32; rows and columns, or the segments of a vector; empty where ``array`` holds the numbers.
     """
 
-    codes: jax.Array
-    scale: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the moment."""
-        return self.codes.shape
+    array: jax.Array
+    scales: tuple[jax.Array, ...] = ()
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The dtype of the scale, whose range is that of the moment."""
-        return self.scale.dtype
-
-    def decode(self, dtype: DTypeLike) -> jax.Array:
-        """The numbers that the codes stand for."""
-        curve = _CURVES[self.codes.dtype]
-        root = self.codes.astype(dtype) / curve.max_code
-        return root * jnp.abs(root) ** (curve.power - 1) * _over_rows(self.scale.astype(dtype), self.shape)
+        """A dtype with the range of the moment: that of the numbers, or of the scales."""
+        return self.scales[0].dtype if self.scales else self.array.dtype
 
 
-def is_quantized(node: Any) -> bool:
-    """Whether a node of a tree of moments stands for a leaf: a :class:`Quantized`, or what Flax nnx makes of one.
-
-    nnx makes mappings of the NamedTuples in its variables. A mapping of codes and scale is recognised by the dtype of
-    the codes, since a layer may have params of these names.
-    """
-    return isinstance(node, Quantized) or (
-        isinstance(node, Mapping)
-        and set(node) == set(Quantized._fields)
-        and getattr(node["codes"], "dtype", None) in _CURVES
-    )
+def is_worth_codes(shape: tuple[int, ...]) -> bool:
+    """Whether a leaf of this shape is large enough, and its scales small enough beside it, to be stored in codes."""
+    size = math.prod(shape)
+    return size >= MIN_SIZE and 4 * sum(math.prod(s) for s in scale_shapes(shape)) <= _LARGEST_SCALES * size
 
 
-def as_quantized(moments: Any) -> Any:
-    """The moments with a :class:`Quantized` where Flax nnx has made a mapping of it."""
-    return jax.tree.map(lambda x: Quantized(**x) if isinstance(x, Mapping) else x, moments, is_leaf=is_quantized)
+def number_of_scales(array: Any) -> int:
+    """How many arrays of scales belong to an array: none where it holds no codes."""
+    return len(scale_shapes(array.shape)) if array.dtype in CURVES else 0
 
 
-def zero_quantized(param: Any, codes_dtype: DTypeLike) -> Quantized:
+def scale_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The shapes of the scales of a leaf."""
+    if len(shape) == 1:
+        return [(-(-shape[0] // SEGMENT),)]
+    return [tuple(np.delete(shape, axis)) for axis in _axes(shape)]
+
+
+def _axes(shape: tuple[int, ...]) -> tuple[int, int]:
+    """The axes along which rows and columns run: the last one, and the longest other one, the later of equal ones."""
+    column = max(range(len(shape) - 1), key=lambda axis: (shape[axis], axis))
+    return len(shape) - 1, column
+
+
+def zero_codes(param: Any, codes_dtype: DTypeLike) -> Moment:
     """Codes and scales of zeros, sharded like the parameter."""
     codes = zeros_like(param, codes_dtype)
-    return Quantized(codes, codes.max(_row_axes(codes.shape)).astype(jnp.bfloat16))
+    return Moment(codes, _largest(codes.astype(jnp.float32)))
 
 
-def quantize(value: jax.Array, like: Quantized, bits: RandomBits) -> Quantized:
-    """Numbers in codes of the dtype of ``like``, stochastically rounded, unbiased.
+def encode_codes(value: jax.Array, codes_dtype: jnp.dtype, bits: RandomBits) -> Moment:
+    """Numbers in codes, stochastically rounded, unbiased; those that are not finite in the code of NaN.
 
     Codes of a second moment are at least 1: with v = 0 the next step would be as long as eps allows.
     """
-    curve = _CURVES[like.codes.dtype]
-    scale = _next_bfloat16(largest_of_rows(value))
-    row_max = _over_rows(scale.astype(value.dtype), value.shape)
-    fraction = jnp.where(row_max > 0, jnp.abs(value) / row_max, 0)
+    curve = CURVES[codes_dtype]
+    is_finite = jnp.isfinite(value)
+    magnitude = jnp.where(is_finite, jnp.abs(value), 0)
+    scales = _largest(magnitude)
+    scale = _of_each(scales, value.shape).astype(value.dtype)
+    fraction = jnp.where(scale > 0, magnitude / scale, 0)
     below = jnp.floor(curve.max_code * curve.root(fraction))
     low, high = below**curve.power, (below + 1) ** curve.power
     threshold = (bits.draw(value.shape).astype(value.dtype) + 0.5) / 2**16
     code = below + (fraction * curve.max_code**curve.power - low > threshold * (high - low)).astype(value.dtype)
-    signed = jnp.copysign(code, value) if curve.signed else jnp.maximum(code, 1)
-    return Quantized(signed.astype(like.codes.dtype), scale)
+    signed = jnp.copysign(code, value) if curve.nan_code < 0 else jnp.maximum(code, 1)
+    return Moment(jnp.where(is_finite, signed, curve.nan_code).astype(codes_dtype), scales)
 
 
-def largest_of_rows(value: jax.Array) -> jax.Array:
-    """The largest magnitude of each row."""
-    return jnp.abs(value).max(_row_axes(value.shape))
+def decode_codes(moment: Moment, dtype: DTypeLike) -> jax.Array:
+    """The numbers that codes stand for."""
+    codes, curve = moment.array, CURVES[moment.array.dtype]
+    root = codes.astype(dtype) / curve.max_code
+    magnitude = jnp.abs(root) ** (curve.power - 1) * _of_each(moment.scales, codes.shape).astype(dtype)
+    return jnp.where(codes == curve.nan_code, jnp.nan, root * magnitude)
 
 
-def _next_bfloat16(x: jax.Array) -> jax.Array:
-    """Numbers that are not negative, rounded up to bfloat16."""
-    return number_of((bits_of(x.astype(jnp.float32)) + 0xFFFF) & ~0xFFFF).astype(jnp.bfloat16)
+def _largest(magnitude: jax.Array) -> tuple[jax.Array, ...]:
+    """The largest of each row and of each column, or of each segment of a vector."""
+    if magnitude.ndim == 1:
+        padded = jnp.pad(magnitude, (0, -magnitude.size % SEGMENT))
+        return (padded.reshape(-1, SEGMENT).max(1).astype(jnp.float32),)
+    return tuple(magnitude.max(axis).astype(jnp.float32) for axis in _axes(magnitude.shape))
 
 
-def _over_rows(scale: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The scales of the rows as an array that broadcasts against the leaf."""
-    return jnp.expand_dims(scale, _row_axes(shape))
-
-
-def _row_axes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The axes of a row, which share a scale: the last ones, as few as hold 64 elements."""
-    first = next(k for k in reversed(range(len(shape))) if math.prod(shape[k:]) >= _ROW_SIZE)
-    return tuple(range(first, len(shape)))
+def _of_each(scales: tuple[jax.Array, ...], shape: tuple[int, ...]) -> jax.Array:
+    """The scale of each element, as an array that broadcasts against the leaf."""
+    if len(shape) == 1:
+        return jnp.broadcast_to(scales[0][:, None], (scales[0].size, SEGMENT)).reshape(-1)[: shape[0]]
+    rows, columns = (jnp.expand_dims(s, axis) for s, axis in zip(scales, _axes(shape), strict=True))
+    return jnp.minimum(rows, columns)

@@ -10,42 +10,44 @@ from jax.typing import ArrayLike, DTypeLike
 
 
 class RandomBits(NamedTuple):
-    r"""16 random bits for each element of a leaf: a function of its position and a seed only.
+    r"""16 random bits for each element of a leaf: a function of its position, the leaf's number and a seed only.
 
     .. math::
 
-      h(i \oplus h(s))
+      h(i \oplus h(s + h(l)))
 
-    with the row-major index :math:`i` in the whole leaf, however that is sharded, and the seed :math:`s`. :math:`h` is
-    a bijection of 32-bit numbers in which every bit depends on every other (Wellons, `Prospecting for Hash Functions
-    <https://nullprogram.com/blog/2018/07/31/>`_, 2018), so no two elements of a leaf have the same 32 bits. They make
-    two draws of 16.
+    with the row-major index :math:`i` in the whole leaf, however that is sharded, the number :math:`l` of the leaf in
+    its tree, and the seed :math:`s`. :math:`h` is a bijection of 32-bit numbers in which every bit depends on every
+    other (Wellons, `Prospecting for Hash Functions <https://nullprogram.com/blog/2018/07/31/>`_, 2018), so no two
+    elements of a leaf have the same 32 bits. They make two draws of 16.
 
     Step :math:`t` rounds ``m`` with the low half and ``v`` with the high half of the bits of seed :math:`t`, and
     weights with the low half of those of seed :math:`-t`.
 
     Attributes:
       seed: an integer, shape ``()``.
+      leaf: an integer, shape ``()``.
       high: whether these are the high half.
     """
 
     seed: jax.Array
+    leaf: jax.Array
     high: bool
 
     @classmethod
-    def for_m(cls, step: ArrayLike) -> "RandomBits":
+    def for_m(cls, step: ArrayLike, leaf: ArrayLike) -> "RandomBits":
         """The bits that round the first moment."""
-        return cls(jnp.asarray(step), high=False)
+        return cls(jnp.asarray(step), jnp.asarray(leaf), high=False)
 
     @classmethod
-    def for_v(cls, step: ArrayLike) -> "RandomBits":
+    def for_v(cls, step: ArrayLike, leaf: ArrayLike) -> "RandomBits":
         """The bits that round the second moment."""
-        return cls(jnp.asarray(step), high=True)
+        return cls(jnp.asarray(step), jnp.asarray(leaf), high=True)
 
     @classmethod
-    def for_weights(cls, step: ArrayLike) -> "RandomBits":
+    def for_weights(cls, step: ArrayLike, leaf: ArrayLike) -> "RandomBits":
         """The bits that round the weights."""
-        return cls(-jnp.asarray(step), high=False)
+        return cls(-jnp.asarray(step), jnp.asarray(leaf), high=False)
 
     def draw(self, shape: tuple[int, ...]) -> jax.Array:
         """The bits of a leaf of this shape, as uint32 numbers below 2**16."""
@@ -53,7 +55,8 @@ class RandomBits(NamedTuple):
         for axis in range(len(shape)):
             stride = math.prod(shape[axis + 1 :]) % 2**32
             index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride)
-        hashed = _hash(index ^ _hash(self.seed.astype(jnp.uint32)))
+        seed = self.seed.astype(jnp.uint32) + _hash(self.leaf.astype(jnp.uint32))
+        hashed = _hash(index ^ _hash(seed))
         return (hashed >> 16) if self.high else (hashed & 0xFFFF)
 
 

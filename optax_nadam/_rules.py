@@ -22,6 +22,7 @@ from jax.typing import ArrayLike
 
 from optax_nadam import _validation as validation
 
+_TINY = 2.0**-126  # the smallest normal float32
 _LOG_096 = math.log(0.96)
 # The product of more momenta than this is zero in float32, for any b1 up to .99999.
 _STEPS_TO_ZERO = 10_000_000
@@ -55,6 +56,7 @@ class Coefficients(NamedTuple):
       cg: factor of the gradient in the update.
       cm: factor of ``m`` in the update.
       cv: factor of ``v`` under the square root.
+      v_floor: :math:`v / |m|^2` is never less where both are exact; what rounding to 8 bits may break.
       eps_root: added under the square root.
       eps: added to the square root.
     """
@@ -64,6 +66,7 @@ class Coefficients(NamedTuple):
     cg: jax.Array
     cm: jax.Array
     cv: jax.Array
+    v_floor: jax.Array
     eps_root: jax.Array
     eps: jax.Array
 
@@ -249,9 +252,20 @@ def coefficients_at(rule: Rule, t: jax.Array, product: Factor, h: Hyperparameter
         cg=scalar(mu.complement / g_debias if rule.nesterov else 0.0),
         cm=scalar((next_mu.value if rule.nesterov else 1.0) / m_debias),
         cv=scalar(cv),
+        v_floor=scalar(_v_floor(rule, h)),
         eps_root=scalar(h.eps_root),
         eps=scalar(h.eps / jnp.sqrt(v_decay.complement) if rule.eps_hat else h.eps),
     )
+
+
+def _v_floor(rule: Rule, h: Hyperparameters) -> ArrayLike:
+    r"""The least :math:`v / |m|^2`, by Cauchy and Schwarz: :math:`(1-\beta_2)(1-\beta_1^2/\beta_2) / (1-b)^2`.
+
+    :math:`b` is the least decay of ``m``: :math:`\beta_1`, or half of it where ``m`` decays by a momentum that rises
+    from there. Zero, which is no bound, where :math:`\beta_1^2 \ge \beta_2`.
+    """
+    least = h.b1 / 2 if rule.m_decay == "mu" else h.b1
+    return (1 - h.b2) * jnp.maximum(h.b2 - h.b1**2, 0) / (jnp.maximum(h.b2, _TINY) * (1 - least) ** 2)
 
 
 def momentum_at(step: jax.Array | np.ndarray, h: Hyperparameters, rule: Rule) -> Factor:

@@ -1,21 +1,27 @@
 """Nadam's state, and what a user does with it: get it, convert its moments."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
 from jax import export
+from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import complex_like, compute_dtype, in_device_memory, in_memory_of
-from optax_nadam._moments import Moment, decode, encode, parse_format, zero_m, zero_v
-from optax_nadam._quantized import Quantized, as_quantized, is_quantized
+from optax_nadam._moments import decode, encode, is_8_bit, parse_format, zero_m, zero_v
+from optax_nadam._quantized import Moment, number_of_scales, scale_shapes
 from optax_nadam._rounding import RandomBits
 from optax_nadam._tree import map_nodes, nodes_of, the_node
 
+_APART = (
+    "{name} got a state in which {leaf} is {got} in place of {wanted}. Pass the state that init or update returned, or"
+    " restore it in its own dtypes; for another format, use convert_moments."
+)
 _NO_NADAM = "opt_state must hold a ScaleByNadamState, but holds none. Pass what init or update of a Nadam returned."
 
 
@@ -28,8 +34,7 @@ class ScaleByNadamState(NamedTuple):
       mu_product: :math:`P_t`, the product of the momenta used so far, shape ``()``; float32, or float64 when
         x64 is enabled.
       m: mean of the gradients, a tree like the params; float32 for leaves of at most 32 bits, float64 for
-        float64 leaves, complex for complex ones; with ``m_dtype``, bfloat16 or a :class:`Quantized` in place of a
-        leaf.
+        float64 leaves, complex for complex ones; with ``m_dtype``, bfloat16.
       v: mean of the squared gradients, likewise; real for complex leaves.
     """
 
@@ -39,11 +44,90 @@ class ScaleByNadamState(NamedTuple):
     v: optax.Updates
 
 
+@functools.partial(export.register_namedtuple_serialization, serialized_name="optax_nadam.QuantizedNadamState")
+class QuantizedNadamState(NamedTuple):
+    r"""State of Nadam with 8-bit moments. The field names are the format on disk and do not change.
+
+    .. math:: x_{ij} = \operatorname{sign}(k_{ij})\, (|k_{ij}| / K)^p \min(r_i, c_j)
+
+    The codes :math:`k` of ``m`` are signed, with :math:`K = 127, p = 2`; those of ``v`` are not, with
+    :math:`K = 254, p = 4`. So both ``m`` and the root of ``v`` resolve small values beside large ones. The row scale
+    :math:`r_i` is the largest magnitude along the last axis, the column scale :math:`c_j` that along the longest other
+    axis; all further axes are batch. A vector has one scale for every 128 elements. The codes -128 and 255 stand for
+    NaN.
+
+    Attributes:
+      count: as in :class:`ScaleByNadamState`.
+      mu_product: likewise.
+      m: codes of the mean of the gradients, a tree like the params, int8; leaves that are not worth codes, and complex
+        ones, as in :class:`ScaleByNadamState`.
+      v: codes of the mean of the squared gradients, likewise, uint8.
+      scales: float32 arrays in the order of the leaves with codes, those of ``m`` first: of a leaf of shape
+        ``(..., d, f)`` the rows ``(..., d)``, then the columns ``(..., f)``; of a vector of ``n`` elements ``n / 128``,
+        rounded up. An empty array where no leaf has codes.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in every Optax state
+    mu_product: jax.Array
+    m: optax.Updates
+    v: optax.Updates
+    scales: tuple[jax.Array, ...] | jax.Array
+
+
+NadamState = ScaleByNadamState | QuantizedNadamState
+KINDS = (ScaleByNadamState, QuantizedNadamState)
+
+
+def moments_of(state: NadamState) -> tuple[list[Moment], list[Moment]]:
+    """The first and the second moments, leaf by leaf, each with its scales."""
+    rest = iter(getattr(state, "scales", ()))
+
+    def moments(tree: Any) -> list[Moment]:
+        return [Moment(x, tuple(itertools.islice(rest, number_of_scales(x)))) for x in jax.tree.leaves(tree)]
+
+    m = moments(state.m)
+    return m, moments(state.v)
+
+
+def with_moments(state: NadamState, m: list[Moment], v: list[Moment], *, quantized: bool | None = None) -> NadamState:
+    """The state with other moments, leaf by leaf, and of the kind that has scales if they may have some."""
+    scales = tuple(s for moment in (*m, *v) for s in moment.scales)
+    m_tree, v_tree = (
+        jax.tree.unflatten(jax.tree.structure(tree), [moment.array for moment in moments])
+        for tree, moments in ((state.m, m), (state.v, v))
+    )
+    if quantized is None:
+        quantized = isinstance(state, QuantizedNadamState)
+    if not quantized:
+        return ScaleByNadamState(state.count, state.mu_product, m_tree, v_tree)
+    # optax.tree.map_params needs a leaf here where params are a placeholder without leaves.
+    return QuantizedNadamState(state.count, state.mu_product, m_tree, v_tree, scales or jnp.zeros(0))
+
+
+def check_nadam_state(name: str, state: Any) -> None:
+    """Rejects another optimizer's state, and one whose m, v and scales do not belong together."""
+    validation.check_state(name, state, KINDS)
+    validation.check_arrays(name, state)
+    validation.check_structure(f"v of the state that {name} got", state.v, state.m)
+    codes = []
+    for field, kind, codes_dtype in (("m", jnp.inexact, jnp.int8), ("v", jnp.floating, jnp.uint8)):
+        for index, (x, like) in enumerate(zip(*map(jax.tree.leaves, (getattr(state, field), state.m)), strict=True)):
+            codes += [x] if x.dtype == codes_dtype else []
+            if x.shape != like.shape or not (x.dtype == codes_dtype or jnp.issubdtype(x.dtype, kind)):
+                leaf = validation.place(field, getattr(state, field), index)
+                wanted = f"{jnp.dtype(codes_dtype)} codes or {kind.__name__} numbers, {like.shape}"
+                raise ValueError(_APART.format(name=name, leaf=leaf, got=f"{x.dtype}, {x.shape}", wanted=wanted))
+    got = [(s.shape, s.dtype) for s in getattr(state, "scales", ()) if s.shape != ()]
+    wanted = [(shape, jnp.float32) for x in codes for shape in scale_shapes(x.shape)]
+    if got != wanted:
+        raise ValueError(_APART.format(name=name, leaf="scales", got=got, wanted=wanted))
+
+
 # The states of Optax that store hyperparameters.
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
-def get_state(opt_state: Any) -> ScaleByNadamState:
+def get_state(opt_state: Any) -> NadamState:
     """The one Nadam state in an optimizer state, at any depth of chains and wrappers.
 
     Args:
@@ -62,9 +146,9 @@ def get_state(opt_state: Any) -> ScaleByNadamState:
       >>> optax_nadam.get_state(tx.init(jnp.ones(2)))._fields
       ('count', 'mu_product', 'm', 'v')
     """
-    state = the_node("opt_state", opt_state, ScaleByNadamState)
-    validation.check_arrays("opt_state", state)
-    return state._replace(m=as_quantized(state.m), v=as_quantized(state.v))
+    state = the_node("opt_state", opt_state, KINDS)
+    check_nadam_state("get_state", state)
+    return state
 
 
 def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DTypeLike | None) -> Any:
@@ -90,36 +174,35 @@ def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DType
       >>> import optax_nadam
       >>> state = optax_nadam.nadam().init(jnp.ones((32, 64)))
       >>> small = optax_nadam.convert_moments(state, m_dtype="int8", v_dtype="int8")
-      >>> small[0].v.codes.dtype, small[0].v.scale.shape
-      (dtype('uint8'), (32,))
+      >>> small[0].v.dtype, [x.shape for x in small[0].scales]
+      (dtype('uint8'), [(32,), (64,), (32,), (64,)])
       >>> optax_nadam.convert_moments(small, m_dtype=None, v_dtype=None)[0].v.dtype
       dtype('float32')
     """
     m_format, v_format = parse_format("m_dtype", m_dtype), parse_format("v_dtype", v_dtype)
-    if not any(nodes_of(opt_state, ScaleByNadamState)):
+    if not any(nodes_of(opt_state, KINDS)):
         raise ValueError(_NO_NADAM)
 
-    def convert(node: ScaleByNadamState) -> ScaleByNadamState:
-        state = get_state(node)
+    def convert(state: NadamState) -> NadamState:
+        check_nadam_state("opt_state", state)
         count = in_device_memory(state.count)
-        return state._replace(
-            m=_converted(state.m, lambda x: zero_m(x, m_format), RandomBits.for_m(count)),
-            v=_converted(state.v, lambda x: zero_v(x, v_format), RandomBits.for_v(count)),
-        )
+        m, v = moments_of(state)
+        m = [_converted(x, zero_m, m_format, RandomBits.for_m(count, i)) for i, x in enumerate(m)]
+        v = [_converted(x, zero_v, v_format, RandomBits.for_v(count, i)) for i, x in enumerate(v)]
+        return with_moments(state, m, v, quantized=is_8_bit(m_format) or is_8_bit(v_format))
 
-    return map_nodes(convert, opt_state, ScaleByNadamState)
+    return map_nodes(convert, opt_state, KINDS)
 
 
-def _converted(moments: Any, zero: Callable[[jax.Array], Moment], bits: RandomBits) -> Any:
-    """The moments in the format of the zeros that ``zero`` makes."""
+def _converted(stored: Moment, zero: Callable[..., Moment], dtype: DTypeLike | None, bits: RandomBits) -> Moment:
+    """The moment in the format of the zeros that ``zero`` makes."""
+    value = numbers_of(stored)
+    like = zero(value, dtype)
+    if stored.scales and like.scales:
+        return stored
+    return jax.tree.map(functools.partial(in_memory_of, stored.array), encode(value, like, bits))
 
-    def convert(stored: Moment) -> Moment:
-        in_memory = jax.tree.map(in_device_memory, stored)
-        value = decode(in_memory, complex_like(compute_dtype(stored), stored))
-        like = zero(value)
-        if isinstance(stored, Quantized) and isinstance(like, Quantized):
-            return stored
-        (memory, *_) = jax.tree.leaves(stored)
-        return jax.tree.map(functools.partial(in_memory_of, memory), encode(value, like, bits))
 
-    return jax.tree.map(convert, moments, is_leaf=is_quantized)
+def numbers_of(stored: Moment) -> jax.Array:
+    """The numbers of a moment, in the dtype they are computed in, and in device memory."""
+    return decode(jax.tree.map(in_device_memory, stored), complex_like(compute_dtype(stored), stored.array))

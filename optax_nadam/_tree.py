@@ -1,12 +1,11 @@
 """The search through an optimizer state by type, and the matching of trees by name."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import optax
 
-_Node = TypeVar("_Node")
 _Kind = type | tuple[type, ...]
 
 _NOT_ONE = (
@@ -49,7 +48,7 @@ def map_nodes(f: Callable[[Any], Any], tree: Any, kind: _Kind) -> Any:
     return jax.tree.map(mapped, tree, is_leaf=lambda node: isinstance(node, kind))
 
 
-def map_parts(f: Callable[[Any], Any], tree: Any, kind: type) -> Any:
+def map_parts(f: Callable[[Any], Any], tree: Any, kind: _Kind) -> Any:
     """The tree with ``f`` of each largest part that has one node of a kind: of the whole where that has one."""
 
     def mapped(node: Any) -> Any:
@@ -61,7 +60,7 @@ def map_parts(f: Callable[[Any], Any], tree: Any, kind: type) -> Any:
     return mapped(tree)
 
 
-def the_node(name: str, tree: Any, kind: type[_Node]) -> _Node:
+def the_node(name: str, tree: Any, kind: _Kind) -> Any:
     """The one node of a kind in an optimizer state.
 
     Raises:
@@ -69,48 +68,29 @@ def the_node(name: str, tree: Any, kind: type[_Node]) -> _Node:
     """
     found = list(nodes_of(tree, kind))
     if len(found) != 1:
-        raise ValueError(_NOT_ONE.format(name=name, kind=kind.__name__, number=len(found)))
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        raise ValueError(_NOT_ONE.format(name=name, kind=" or ".join(k.__name__ for k in kinds), number=len(found)))
     return found[0]
 
 
-def map_and_unzip(number: int, f: Callable[..., tuple[Any, ...]], tree: Any, *rest: Any) -> tuple[Any, ...]:
-    """Trees from a function that makes ``number`` values of the leaves in one place, or of subtrees of ``rest`` there.
-
-    No node ever holds a tuple of values, since some nodes accept only arrays.
-    """
-    structure: Any
-    leaves, structure = jax.tree.flatten(tree)
-    values = [f(*each) for each in zip(leaves, *map(structure.flatten_up_to, rest), strict=True)]
+def unzip(structure: Any, values: list[tuple[Any, ...]], number: int) -> tuple[Any, ...]:
+    """Trees of a structure from ``number`` values for each leaf; some nodes would not accept a tuple of values."""
     return tuple(jax.tree.unflatten(structure, [value[i] for value in values]) for i in range(number))
 
 
-def in_form_of(like: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
-    """``tree`` in the structure of ``like`` if only the containers differ: fields in one, keys in the other.
-
-    Flax nnx keeps names but not containers: it returns a NamedTuple in a variable as a mapping, its fields sorted. Any
-    other tree is returned unchanged.
-    """
-    form: Any = jax.tree.structure(like, is_leaf)
-    if jax.tree.structure(tree, is_leaf) == form:
-        return tree
-    found, wanted = _by_name(tree, is_leaf), _by_name(like, is_leaf)
-    renamed = found.keys() == wanted.keys() and any(found[name][0] != wanted[name][0] for name in wanted)
-    return by_names_of(like, tree, is_leaf) if renamed else tree
-
-
-def by_names_of(like: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+def by_names_of(like: Any, tree: Any) -> Any:
     """``tree`` in the structure of ``like``, leaf by leaf of the same name, whatever the containers.
 
     Checkpoints keep names but not containers: Orbax without a target restores tuples as lists and an empty container as
     None. Where a leaf of one has no counterpart in the other, the tree is returned unchanged.
     """
-    found, wanted = _by_name(tree, is_leaf), _by_name(like, is_leaf)
+    found, wanted = _by_name(tree), _by_name(like)
     if found.keys() != wanted.keys():
         return tree
-    return jax.tree.unflatten(jax.tree.structure(like, is_leaf), [found[name][1] for name in wanted])
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
 
-def _by_name(tree: Any, is_leaf: Callable[[Any], bool] | None) -> dict[tuple[str, ...], tuple[Any, Any]]:
-    """Path and leaf by the names along the path, whether these are fields or keys."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf)
-    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): (path, leaf) for path, leaf in leaves}
+def _by_name(tree: Any) -> dict[tuple[str, ...], Any]:
+    """The leaves by the names along their paths, whether these are fields or keys."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}

@@ -17,7 +17,6 @@ import numpy as np
 from jax import numpy as jnp
 
 from optax_nadam._leaves import dtype_of, is_complex
-from optax_nadam._quantized import is_quantized
 
 _NOT_A_NUMBER = (
     "{name} must be a number or a scalar array, got {value!r}. To schedule it, wrap the optimizer in"
@@ -168,10 +167,11 @@ def check_leaves(name: str, tree: Any) -> None:
             raise TypeError(_NOT_INEXACT.format(leaf=place(name, tree, index), dtype=dtype))
 
 
-def check_state(name: str, state: Any, expected: type) -> None:
+def check_state(name: str, state: Any, expected: type | tuple[type, ...]) -> None:
     """Rejects the state of another optimizer."""
     if not isinstance(state, expected):
-        raise ValueError(_STATE.format(name=name, got=type(state).__name__, expected=expected.__name__))
+        first = expected[0] if isinstance(expected, tuple) else expected
+        raise ValueError(_STATE.format(name=name, got=type(state).__name__, expected=first.__name__))
 
 
 def check_arrays(name: str, state: Any) -> None:
@@ -195,7 +195,7 @@ def check_like_moments(name: str, tree: Any, moments: Any) -> None:
 def check_structure(name: str, tree: Any, like: Any) -> None:
     """Rejects a tree whose structure is not that of the params, or of their moments."""
     got: Any = jax.tree.structure(tree)
-    if got != jax.tree.structure(like, is_quantized):
+    if got != jax.tree.structure(like):
         raise wrong_structure(name, _difference(tree, like))
 
 
@@ -218,17 +218,16 @@ def place(name: str, tree: Any, index: int) -> str:
 
 
 def _pairs(tree: Any, like: Any) -> Iterator[tuple[Any, Any]]:
-    return zip(jax.tree.leaves(tree), jax.tree.leaves(like, is_quantized), strict=True)
+    return zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)
 
 
 def _difference(tree: Any, moments: Any) -> str:
     """The leaves that only one of the trees has; where there are none, both structures."""
     got, expected = (
-        [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(t, is_leaf=is_quantized)]
-        for t in (tree, moments)
+        [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(t)] for t in (tree, moments)
     )
     missing, extra = _only_in(expected, got), _only_in(got, expected)
-    containers = f"{jax.tree.structure(tree)} in place of {jax.tree.structure(moments, is_leaf=is_quantized)}"
+    containers = f"{jax.tree.structure(tree)} in place of {jax.tree.structure(moments)}"
     return _both("missing", missing, "unexpected", extra) or containers
 
 

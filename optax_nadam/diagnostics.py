@@ -11,7 +11,7 @@ from optax_nadam._config import NadamConfig
 from optax_nadam._leaves import complex_like
 from optax_nadam._nadam import direction
 from optax_nadam._rules import Factor, Hyperparameters, coefficients_at, momentum_at, parse_rule, scalar_dtype
-from optax_nadam._state import INJECTED, ScaleByNadamState, convert_moments, get_state
+from optax_nadam._state import INJECTED, KINDS, convert_moments, get_state
 from optax_nadam._tree import is_masked, nodes_of
 
 __all__ = ["scalars"]
@@ -101,7 +101,7 @@ def scalars(opt_state: Any, config: NadamConfig, gradients: optax.Updates | None
 
 def _hyperparameters(opt_state: Any, config: NadamConfig) -> Hyperparameters:
     """The hyperparameters of the config, or those that ``optax.inject_hyperparams`` stores in their place."""
-    around = (node for node in nodes_of(opt_state, INJECTED) if any(nodes_of(node, ScaleByNadamState)))
+    around = (node for node in nodes_of(opt_state, INJECTED) if any(nodes_of(node, KINDS)))
     injected = {name: jnp.real(x).astype(scalar_dtype()) for node in around for name, x in node.hyperparams.items()}
     return Hyperparameters(*(injected.get(name, getattr(config, name)) for name in Hyperparameters._fields))
 

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 
 from optax_nadam import _validation as validation
-from optax_nadam._quantized import is_quantized
 from optax_nadam._tree import is_masked, is_pair
 from optax_nadam.compat._torch_read import Label, Parameter, Source, listed
 
@@ -141,7 +140,7 @@ def select(name: str, tree: Any, like: Any) -> Any:
     """The tree, with a masked node where the moments ``like`` have one."""
 
     def is_leaf(node: Any) -> bool:
-        return is_masked(node) or is_pair(node) or is_quantized(node)
+        return is_masked(node) or is_pair(node)
 
     try:
         return jax.tree.map(lambda old, new: old if is_masked(old) else new, like, tree, is_leaf=is_leaf)
