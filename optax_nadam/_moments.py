@@ -68,46 +68,49 @@ def _zero_8_bit(param: Any, codes_dtype: DTypeLike) -> Moment:
     return zero_codes(param, codes_dtype)
 
 
-def average(stored: Moment, new: jax.Array, weight: jax.Array, bits: RandomBits) -> tuple[jax.Array, Moment]:
-    """The moment after one step, :math:`(1 - w) x + w y`: the number to compute with, and what is stored.
+def average(
+    stored: Moment, f: Callable[[jax.Array], jax.Array], grad: jax.Array, weight: jax.Array, bits: RandomBits
+) -> tuple[jax.Array, Moment]:
+    """The moment after one step, :math:`(1 - w) x + w f(g)`: the number to compute with, and what is stored.
 
     In bfloat16, the number to compute with is the stored one: otherwise XLA makes two passes on TPU where one is
     enough.
 
     Args:
       stored: the moment ``x``.
-      new: the new value ``y``, in the dtype to compute in.
-      weight: the weight ``w`` of ``y``, of real dtype.
+      f: what it is the average of, as a function of the gradient.
+      grad: the gradient ``g``, in the dtype to compute in.
+      weight: the weight ``w`` of this step, of real dtype.
       bits: for stochastic rounding, where the format is narrow.
     """
 
-
-    def step(stored: Moment, new: jax.Array) -> jax.Array:
+    def step(stored: Moment, grad: jax.Array) -> jax.Array:
+        new = f(grad)
         return _lerp(decode(stored, new.dtype), new, weight)
 
-    value = step(stored, new)
+    value = step(stored, grad)
     if stored.scales:
-        return value, _once_on_a_cpu(lambda *x: encode(step(*x), stored, bits), bits.seed < 0, stored, new)
+        return value, _once_on_a_cpu(lambda *x: encode(step(*x), stored, bits), bits.seed < 0, stored, grad)
     encoded = encode(value, stored, bits)
-    return (decode(encoded, new.dtype) if stored.array.dtype == jnp.bfloat16 else value), encoded
+    return (decode(encoded, value.dtype) if stored.array.dtype == jnp.bfloat16 else value), encoded
 
 
 def _once_on_a_cpu(
-    step: Callable[[Moment, jax.Array], Moment], never: jax.Array, stored: Moment, new: jax.Array
+    step: Callable[[Moment, jax.Array], Moment], never: jax.Array, stored: Moment, grad: jax.Array
 ) -> Moment:
     """A step of an 8-bit moment, of which XLA:CPU computes nothing again in the kernel of the update.
 
     It is one of two branches, of which the other, which leaves the moment as it is, is never taken.
     """
 
-    def unchanged(stored: Moment, new: jax.Array) -> Moment:
-        # Under shard_map, what is stored must vary over the same devices after both: those of the new values.
-        return jax.tree.map(lambda x: jnp.where(new.ravel()[0] == 0, x, x), stored)
+    def unchanged(stored: Moment, grad: jax.Array) -> Moment:
+        # Under shard_map, what is stored must vary over the same devices after both: those of the gradient.
+        return jax.tree.map(lambda x: jnp.where(grad.ravel()[0] == 0, x, x), stored)
 
-    def behind_a_branch(stored: Moment, new: jax.Array) -> Moment:
-        return lax.switch(never.astype(jnp.int32), [step, unchanged], stored, new)
+    def behind_a_branch(stored: Moment, grad: jax.Array) -> Moment:
+        return lax.switch(never.astype(jnp.int32), [step, unchanged], stored, grad)
 
-    return lax.platform_dependent(stored, new, cpu=behind_a_branch, default=step)
+    return lax.platform_dependent(stored, grad, cpu=behind_a_branch, default=step)
 
 
 def _lerp(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:

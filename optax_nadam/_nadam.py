@@ -173,8 +173,8 @@ def _update_leaf(
     c = Coefficients(*(x.astype(real) for x in c))
     grad = g.astype(complex_like(real, g))
 
-    m_t, m_stored = average(m, grad, c.m_weight, RandomBits.for_m(step, leaf))
-    v_t, v_stored = average(v, abs_squared(grad), c.v_weight, RandomBits.for_v(step, leaf))
+    m_t, m_stored = average(m, lambda g: g, grad, c.m_weight, RandomBits.for_m(step, leaf))
+    v_t, v_stored = average(v, abs_squared, grad, c.v_weight, RandomBits.for_v(step, leaf))
     if v.scales:  # a code may stand for a v that no gradients give with this m
         v_t = jnp.maximum(v_t, c.v_floor * abs_squared(m_t))
     u = direction(grad, m_t, v_t, c, power)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax import lax
 from jax import numpy as jnp
 from jax.typing import DTypeLike
 
@@ -92,9 +93,9 @@ def encode_codes(value: jax.Array, codes_dtype: jnp.dtype, bits: RandomBits) -> 
     Codes of a second moment are at least 1: with v = 0 the next step would be as long as eps allows.
     """
     curve = CURVES[codes_dtype]
-    is_finite = jnp.isfinite(value)
-    magnitude = jnp.where(is_finite, jnp.abs(value), 0)
-    scales = _largest(magnitude)
+    magnitude = jnp.abs(value) if curve.nan_code < 0 else value
+    is_finite = magnitude < jnp.inf
+    scales = _largest(jnp.where(is_finite, magnitude, 0))
     scale = _of_each(scales, value.shape).astype(value.dtype)
     fraction = jnp.where(scale > 0, magnitude / scale, 0)
     below = jnp.floor(curve.max_code * curve.root(fraction))
@@ -108,9 +109,10 @@ def encode_codes(value: jax.Array, codes_dtype: jnp.dtype, bits: RandomBits) -> 
 def decode_codes(moment: Moment, dtype: DTypeLike) -> jax.Array:
     """The numbers that codes stand for."""
     codes, curve = moment.array, CURVES[moment.array.dtype]
-    root = codes.astype(dtype) / curve.max_code
-    magnitude = jnp.abs(root) ** (curve.power - 1) * _of_each(moment.scales, codes.shape).astype(dtype)
-    return jnp.where(codes == curve.nan_code, jnp.nan, root * magnitude)
+    root = codes.astype(dtype) * (1 / curve.max_code)
+    fraction = root * jnp.abs(root) if curve.power == 2 else root**curve.power
+    scale = _of_each(moment.scales, codes.shape).astype(dtype)
+    return jnp.where(codes == curve.nan_code, jnp.nan, fraction * scale)
 
 
 def _largest(magnitude: jax.Array) -> tuple[jax.Array, ...]:
@@ -118,7 +120,22 @@ def _largest(magnitude: jax.Array) -> tuple[jax.Array, ...]:
     if magnitude.ndim == 1:
         padded = jnp.pad(magnitude, (0, -magnitude.size % SEGMENT))
         return (padded.reshape(-1, SEGMENT).max(1).astype(jnp.float32),)
-    return tuple(magnitude.max(axis).astype(jnp.float32) for axis in _axes(magnitude.shape))
+    row, column = _axes(magnitude.shape)
+    columns = lax.platform_dependent(
+        magnitude,
+        cuda=lambda x: _largest_of_windows(x, column).max(column),
+        default=lambda x: x.max(column),
+    )
+    return magnitude.max(row).astype(jnp.float32), columns.astype(jnp.float32)
+
+
+def _largest_of_windows(x: jax.Array, axis: int) -> jax.Array:
+    """The largest of every few along an axis: without this stage XLA writes ``x`` itself to the memory of a GPU.
+
+    At most 32, and so few that the result has enough elements to keep all of a GPU busy.
+    """
+    window = [max(1, min(32, x.size >> 15)) if i == axis else 1 for i in range(x.ndim)]
+    return lax.reduce_window(x, np.zeros((), x.dtype), lax.max, window, window, "SAME")
 
 
 def _of_each(scales: tuple[jax.Array, ...], shape: tuple[int, ...]) -> jax.Array:

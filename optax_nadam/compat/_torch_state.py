@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._load import put_counters
-from optax_nadam._state import ScaleByNadamState, convert_moments, get_state
+from optax_nadam._state import KINDS, ScaleByNadamState, convert_moments, get_state
 from optax_nadam._tree import map_parts, nodes_of
 from optax_nadam.compat._common import Checkpoint, get_numbers, load_nadam
 from optax_nadam.compat._torch_leaves import NO_TAG, Matched, any_masked, as_pairs, filled, merged, select, the_tag
@@ -48,7 +48,7 @@ def load(opt_state: Any, matched: Matched, configs: Sequence[NadamConfig | None]
     """
     validation.check_choice("mismatch", mismatch, ("raise", "largest"))
     _check_real(opt_state, matched.found.layout)
-    loaded = map_parts(lambda part: _load_part(part, matched, configs, mismatch), opt_state, ScaleByNadamState)
+    loaded = map_parts(lambda part: _load_part(part, matched, configs, mismatch), opt_state, KINDS)
     return put_counters(loaded, matched.found.steps)
 
 
@@ -191,6 +191,6 @@ def _dumped_labels(groups: list[dict[str, Any]], labels: list[Label]) -> tuple[l
 
 def _check_real(opt_state: Any, layout: Layout) -> None:
     """Rejects a state without a Nadam, and one with complex moments."""
-    states = list(nodes_of(opt_state, ScaleByNadamState)) or [get_state(opt_state)]
+    states = list(nodes_of(opt_state, KINDS)) or [get_state(opt_state)]
     if any(jnp.iscomplexobj(leaf) for state in states for leaf in jax.tree.leaves(state.m)):
         raise ValueError(_COMPLEX.format(optimizer=layout.optimizer))

@@ -24,7 +24,6 @@ from jax.typing import ArrayLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._quantized import is_quantized
 from optax_nadam._rules import RULES
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam._state import get_state
@@ -521,7 +520,7 @@ def load_state(
       1
     """
     _check_between_steps(opt_state)
-    size = sum(math.prod(m.shape) for m in jax.tree.leaves(get_state(opt_state).m, is_quantized))
+    size = sum(math.prod(m.shape) for m in jax.tree.leaves(get_state(opt_state).m))
     checkpoint = _read(source, config=config, dialect=dialect, size=size)
     return common.load(opt_state, checkpoint.mapped(to_params), config)
 
