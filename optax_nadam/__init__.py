@@ -3,7 +3,7 @@
 from optax_nadam import compat, diagnostics
 from optax_nadam._compensated import CompensatedState, compensated, master_params, set_master_params
 from optax_nadam._config import NadamConfig
-from optax_nadam._load import set_count
+from optax_nadam._load import set_count, set_state
 from optax_nadam._nadam import nadam, nadamw, scale_by_nadam
 from optax_nadam._rules import Rule, RuleName
 from optax_nadam._schedules import ScheduleConfig
@@ -32,4 +32,5 @@ __all__ = [
     "scale_by_nadam",
     "set_count",
     "set_master_params",
+    "set_state",
 ]

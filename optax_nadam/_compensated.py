@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import dtype_of, in_device_memory, placed_like, zeros_like
-from optax_nadam._rounding import RandomBits, bits_of, number_of
+from optax_nadam._rounding import RandomBits, bits_of, number_of, without_derivative
 from optax_nadam._tree import map_nodes, the_node, unzip
 
 _FLOAT16 = (
@@ -286,7 +286,7 @@ def _update_leaf(
     if not _is_bfloat16(p):
         return step, remainder
     now, drawn = p.astype(jnp.float32), random.draw(weight.shape).astype(jnp.int32)
-    target = _rounded_down(weight + step.astype(weight.dtype), remainder, drawn)
+    target = _rounded_down(without_derivative(weight + step.astype(weight.dtype)), remainder, drawn)
     if remainder is None:
         return target - now, None
     # A cast to bfloat16 and back would be deleted under jit. What the addition does not reach has no remainder anyway,

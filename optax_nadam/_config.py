@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
@@ -52,9 +53,14 @@ def _rule(name: str, value: Any) -> str | Rule:
     return value
 
 
-def _format(name: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {value!r}.")
+def _formats(name: str, value: Any) -> Any:
+    """Parses a format, or a tree of formats in dicts and lists, as JSON has them."""
+    if isinstance(value, Mapping):
+        return {str(key): _formats(f"{name}[{key!r}]", x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_formats(f"{name}[{i}]", x) for i, x in enumerate(value)]
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, None, or a dict or list of such, got {value!r}.")
     parse_format(name, value)
     return value
 
@@ -102,7 +108,8 @@ class NadamConfig:
       accumulate_steps: gradients that are averaged for one step, at least 1.
       schedule_counts_gradients: a learning rate schedule, the config's or that given to :meth:`build`, is a function of
         the gradients seen, ``accumulate_steps`` for each step, as in Keras; otherwise of the steps taken.
-      m_dtype: ``"int8"``, ``"bfloat16"``, ``"float32"``, ``"float64"`` or None, see :func:`optax_nadam.scale_by_nadam`.
+      m_dtype: ``"int8"``, ``"bfloat16"``, ``"float32"``, ``"float64"`` or None, or a tree of such in dicts and lists, as
+        for :func:`optax_nadam.scale_by_nadam`; a function of the path is not data.
       v_dtype: likewise.
 
     Raises:
@@ -137,14 +144,18 @@ class NadamConfig:
     complex_as_real: bool = field(default=False, metadata=_by(_bool))
     accumulate_steps: int = field(default=1, metadata=_by(validation.parse_positive_int))
     schedule_counts_gradients: bool = field(default=False, metadata=_by(_bool))
-    m_dtype: str | None = field(default=None, metadata=_by(_optional(_format)))
-    v_dtype: str | None = field(default=None, metadata=_by(_optional(_format)))
+    m_dtype: Any = field(default=None, metadata=_by(_formats))
+    v_dtype: Any = field(default=None, metadata=_by(_formats))
 
     def __post_init__(self) -> None:
         """Parses every field."""
         for entry in dataclasses.fields(self):
             value = entry.metadata["parse"](entry.name, getattr(self, entry.name))
             object.__setattr__(self, entry.name, value)
+
+    def __hash__(self) -> int:
+        """Equal for equal configs."""
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
 
     def build(
         self,

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from optax_nadam._leaves import complex_like, compute_dtype, is_complex, zeros_like
 from optax_nadam._quantized import Moment, decode_codes, encode_codes, is_worth_codes, zero_codes
 from optax_nadam._rounding import RandomBits, round_to
+from optax_nadam._tree import names_of
 
 _FORMATS = (jnp.int8, jnp.bfloat16, jnp.float32, jnp.float64)
 _NOT_A_FORMAT = (
@@ -19,7 +20,10 @@ _NOT_A_FORMAT = (
     " gradients under 2e-4 are zero; use bfloat16: the same size, with the range of float32."
 )
 
-
+_NOT_A_PREFIX = (
+    "{name} must be one format, a tree of formats with the structure of the params or the first levels of it, or a"
+    " function of a leaf's path; this tree does not fit the params: {error}"
+)
 _INJECTED = (
     "{name} is an array, {value!r}. optax.inject_hyperparams takes every callable for a schedule, and"
     ' jnp.bfloat16 is callable: write "bfloat16", or static_args=({name!r},).'
@@ -39,6 +43,52 @@ def parse_format(name: str, value: DTypeLike | None) -> jnp.dtype | None:
     if dtype not in _FORMATS:
         raise ValueError(_NOT_A_FORMAT.format(name=name, value=value))
     return dtype
+
+
+class Formats:
+    """The format of each leaf: one for all, a tree of formats that is a prefix of the params, or a function of a path.
+
+    Raises:
+      ValueError: a format that is not offered.
+      TypeError: a format that is an array.
+    """
+
+    def __init__(self, name: str, value: Any) -> None:
+        """Parses what the user gave as the argument ``name``."""
+        self._name, self._is_function = name, callable(value) and not isinstance(value, type)
+        if not self._is_function:
+            value = jax.tree_util.tree_map_with_path(self._parse, value, is_leaf=_is_none)
+        self._value = value
+
+    def _parse(self, path: Any, value: Any) -> jnp.dtype | None:
+        return parse_format(self._name + jax.tree_util.keystr(path), value)
+
+    @property
+    def any_8_bit(self) -> bool:
+        """Whether a leaf may be stored in codes, whatever the params."""
+        return self._is_function or any(map(is_8_bit, jax.tree.leaves(self._value)))
+
+    def of(self, params: Any) -> list[jnp.dtype | None]:
+        """The format of each leaf, in order."""
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        if self._is_function:
+            return [self._parse(path, self._value("/".join(names_of(path)))) for path in paths]
+        if not paths:  # the params may be a placeholder, with a structure of its own
+            return []
+        found: list[jnp.dtype | None] = []
+
+        def fill(dtype: jnp.dtype | None, part: Any) -> None:
+            found.extend([dtype] * len(jax.tree.leaves(part)))
+
+        try:
+            jax.tree.map(fill, self._value, params, is_leaf=_is_none)
+        except ValueError as error:
+            raise ValueError(_NOT_A_PREFIX.format(name=self._name, error=error)) from None
+        return found
+
+
+def _is_none(x: Any) -> bool:
+    return x is None
 
 
 def zero_m(param: Any, dtype: DTypeLike | None) -> Moment:

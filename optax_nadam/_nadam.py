@@ -15,7 +15,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import abs_squared, complex_like, compute_dtype
-from optax_nadam._moments import average, is_8_bit, parse_format, zero_m, zero_v
+from optax_nadam._moments import Formats, average, zero_m, zero_v
 from optax_nadam._quantized import Moment
 from optax_nadam._rounding import RandomBits
 from optax_nadam._rules import (
@@ -40,8 +40,8 @@ def scale_by_nadam(
     *,
     momentum_decay: ArrayLike = 4e-3,
     rule: RuleName | Rule = "scheduled",
-    m_dtype: DTypeLike | None = None,
-    v_dtype: DTypeLike | None = None,
+    m_dtype: Any = None,
+    v_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Rescales gradients by Nadam's step, without learning rate or sign.
 
@@ -95,21 +95,27 @@ def scale_by_nadam(
         :math:`\mu_t = \beta_1`.
       rule: the variant, by its name in the table, or a :class:`Rule` of your own.
       m_dtype: the format ``m`` is stored in. None: float32, and float64 for leaves with 64-bit parts; ``"float32"``,
-        ``"float64"``: that, for complex leaves their parts. ``"bfloat16"``: 2 bytes a parameter. ``"int8"``: one byte,
-        and a scale for each row, a :class:`Quantized`; leaves under 1024 elements are stored as with None. Both narrow
-        formats are stochastically rounded, unbiased; the random bits are a function of step and position, the same in
-        every run and on any number of devices. The ``m`` of complex leaves is never stored in 8 bits.
+        ``"float64"``: that, for complex leaves their parts. ``"bfloat16"``: 2 bytes a parameter. ``"int8"``: codes of
+        one byte and scales, see :class:`QuantizedNadamState`; leaves under 1024 elements, and those that are so narrow
+        that their scales would take more than half a byte a parameter, are stored as with None, as are complex ones.
+        Both narrow formats are stochastically rounded, unbiased; the random bits are a function of step, leaf and
+        position, the same in every run and on any number of devices. What has been rounded has no derivative: to
+        differentiate through an update is an error. Instead of one format, a tree of formats with the structure of the
+        params or its first levels, such as ``{"embed": None, "blocks": "int8"}``, or a function from the path of a
+        leaf, such as ``"blocks/0/kernel"``, to its format.
       v_dtype: the format ``v`` is stored in, likewise.
 
     All numbers may also be scalar arrays, traced or not. Python numbers are used in double precision and checked.
 
     Returns:
-      A gradient transformation whose state is a :class:`ScaleByNadamState`. It ignores ``params`` (but checks
+      A gradient transformation whose state is a :class:`ScaleByNadamState`, or where a format may be int8 a
+      :class:`QuantizedNadamState`. It ignores ``params`` (but checks
       them if given) and extra arguments.
 
     Raises:
       ValueError: a number out of range or an unknown rule, at once; another optimizer's state, and gradients or
-        params that do not have the structure and shapes the state was made for, while ``update`` is traced.
+        params that do not have the structure and shapes the state was made for, while ``update`` is traced; formats
+        that do not fit the params, while ``init`` is.
       TypeError: a hyperparameter that is not a number, at once; an integer, boolean or non-array leaf, and complex
         mixed with real, while ``init`` or ``update`` is traced.
 
@@ -132,17 +138,19 @@ def scale_by_nadam(
 
 
 def scale_by(
-    rule: Rule, h: Hyperparameters, m_dtype: DTypeLike | None, v_dtype: DTypeLike | None, power: float
+    rule: Rule, h: Hyperparameters, m_dtype: Any, v_dtype: Any, power: float
 ) -> optax.GradientTransformationExtraArgs:
     """:func:`scale_by_nadam` with another exponent than the rule's; with 0 the update is not normalised."""
     check_hyperparameters(h)
-    m_format, v_format = parse_format("m_dtype", m_dtype), parse_format("v_dtype", v_dtype)
+    m_formats, v_formats = Formats("m_dtype", m_dtype), Formats("v_dtype", v_dtype)
 
     def init(params: optax.Params) -> NadamState:
         validation.check_leaves("params", params)
-        m, v = ([zero(p, x) for p in jax.tree.leaves(params)] for zero, x in ((zero_m, m_format), (zero_v, v_format)))
+        leaves = jax.tree.leaves(params)
+        m = [zero_m(p, x) for p, x in zip(leaves, m_formats.of(params), strict=True)]
+        v = [zero_v(p, x) for p, x in zip(leaves, v_formats.of(params), strict=True)]
         new = ScaleByNadamState(jnp.zeros((), jnp.int32), jnp.ones((), scalar_dtype()), params, params)
-        return with_moments(new, m, v, quantized=is_8_bit(m_format) or is_8_bit(v_format))
+        return with_moments(new, m, v, quantized=m_formats.any_8_bit or v_formats.any_8_bit)
 
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
@@ -198,8 +206,8 @@ def nadam(
     *,
     momentum_decay: ArrayLike = 4e-3,
     rule: RuleName | Rule = "scheduled",
-    m_dtype: DTypeLike | None = None,
-    v_dtype: DTypeLike | None = None,
+    m_dtype: Any = None,
+    v_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Nadam with scheduled momentum, as in tf.keras and PyTorch; not ``optax.nadam``, which is ``rule="constant"``.
 
@@ -260,8 +268,8 @@ def nadamw(
     *,
     momentum_decay: ArrayLike = 4e-3,
     rule: RuleName | Rule = "scheduled",
-    m_dtype: DTypeLike | None = None,
-    v_dtype: DTypeLike | None = None,
+    m_dtype: Any = None,
+    v_dtype: Any = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:

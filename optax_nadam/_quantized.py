@@ -11,7 +11,7 @@ from jax import numpy as jnp
 from jax.typing import DTypeLike
 
 from optax_nadam._leaves import zeros_like
-from optax_nadam._rounding import RandomBits
+from optax_nadam._rounding import RandomBits, without_derivative
 
 MIN_SIZE = 1024  # elements; smaller leaves are not quantized
 SEGMENT = 128  # elements of a vector that share a scale
@@ -72,7 +72,7 @@ def scale_shapes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
     """The shapes of the scales of a leaf."""
     if len(shape) == 1:
         return [(-(-shape[0] // SEGMENT),)]
-    return [tuple(np.delete(shape, axis)) for axis in _axes(shape)]
+    return [shape[:axis] + shape[axis + 1 :] for axis in _axes(shape)]
 
 
 def _axes(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -92,7 +92,7 @@ def encode_codes(value: jax.Array, codes_dtype: jnp.dtype, bits: RandomBits) -> 
 
     Codes of a second moment are at least 1: with v = 0 the next step would be as long as eps allows.
     """
-    curve = CURVES[codes_dtype]
+    curve, value = CURVES[codes_dtype], without_derivative(value)
     magnitude = jnp.abs(value) if curve.nan_code < 0 else value
     is_finite = magnitude < jnp.inf
     scales = _largest(jnp.where(is_finite, magnitude, 0))

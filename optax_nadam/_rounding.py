@@ -1,7 +1,7 @@
 """Stochastic rounding: unbiased, without state of its own, and the same on any number of devices."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -66,6 +66,21 @@ def _hash(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+@jax.custom_jvp
+def without_derivative(x: jax.Array) -> jax.Array:
+    """What is to be rounded: the same numbers, but an error where a derivative is taken through them."""
+    return x
+
+
+@without_derivative.defjvp
+def _no_derivative(primals: Any, tangents: Any) -> Any:
+    raise TypeError(
+        "Stochastic rounding has no derivative, and the true one of 8-bit or bfloat16 moments and of compensated weights"
+        " is lost in it. To differentiate through update, store moments in float32 (m_dtype=None, v_dtype=None) and"
+        " weights in float32; to keep them out of the derivative, use jax.lax.stop_gradient on gradients and state."
+    )
+
+
 def round_to(value: jax.Array, dtype: DTypeLike, bits: RandomBits) -> jax.Array:
     """Numbers in another dtype; in bfloat16 stochastically rounded, unbiased.
 
@@ -75,7 +90,7 @@ def round_to(value: jax.Array, dtype: DTypeLike, bits: RandomBits) -> jax.Array:
     if dtype != jnp.bfloat16:
         return value.astype(dtype)
     # A float32 is a bfloat16 and 16 more bits: adding 16 random bits carries with a probability proportional to them.
-    sum_of_bits = bits_of(value.astype(jnp.float32)) + bits.draw(value.shape).astype(jnp.int32)
+    sum_of_bits = bits_of(without_derivative(value).astype(jnp.float32)) + bits.draw(value.shape).astype(jnp.int32)
     return number_of(sum_of_bits & ~0xFFFF).astype(dtype)
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import complex_like, compute_dtype, in_device_memory, in_memory_of
-from optax_nadam._moments import decode, encode, is_8_bit, parse_format, zero_m, zero_v
+from optax_nadam._moments import Formats, decode, encode, zero_m, zero_v
 from optax_nadam._quantized import Moment, number_of_scales, scale_shapes
 from optax_nadam._rounding import RandomBits
 from optax_nadam._tree import map_nodes, nodes_of, the_node
@@ -21,6 +21,15 @@ from optax_nadam._tree import map_nodes, nodes_of, the_node
 _APART = (
     "{name} got a state in which {leaf} is {got} in place of {wanted}. Pass the state that init or update returned, or"
     " restore it in its own dtypes; for another format, use convert_moments."
+)
+_SPLIT = (
+    "{name} got 8-bit moments of shape {shape} split by jax.shard_map over {axes}, and scales that are not: the largest"
+    " magnitude of a row or a column would be that of a part. Call init inside shard_map too, so that each part has"
+    " scales of its own; or let jit split the moments, and shard_map only what is around the optimizer."
+)
+_RESTORED = (
+    "{name} got a state in the form of a dict, as it is restored from disk without a target. Pass tx.init(params) as the"
+    " target, or put what was restored into it: opt_state = optax_nadam.set_state(tx.init(params), restored)."
 )
 _NO_NADAM = "opt_state must hold a ScaleByNadamState, but holds none. Pass what init or update of a Nadam returned."
 
@@ -80,7 +89,7 @@ KINDS = (ScaleByNadamState, QuantizedNadamState)
 
 def moments_of(state: NadamState) -> tuple[list[Moment], list[Moment]]:
     """The first and the second moments, leaf by leaf, each with its scales."""
-    rest = iter(getattr(state, "scales", ()))
+    rest = iter(_scales_of(state))
 
     def moments(tree: Any) -> list[Moment]:
         return [Moment(x, tuple(itertools.islice(rest, number_of_scales(x)))) for x in jax.tree.leaves(tree)]
@@ -89,38 +98,62 @@ def moments_of(state: NadamState) -> tuple[list[Moment], list[Moment]]:
     return m, moments(state.v)
 
 
+def _scales_of(state: NadamState) -> list[jax.Array]:
+    """All scales, in order."""
+    return [s for s in jax.tree.leaves(getattr(state, "scales", ())) if s.size]
+
+
 def with_moments(state: NadamState, m: list[Moment], v: list[Moment], *, quantized: bool | None = None) -> NadamState:
     """The state with other moments, leaf by leaf, and of the kind that has scales if they may have some."""
-    scales = tuple(s for moment in (*m, *v) for s in moment.scales)
+    if quantized is None:
+        quantized = isinstance(state, QuantizedNadamState)
     m_tree, v_tree = (
         jax.tree.unflatten(jax.tree.structure(tree), [moment.array for moment in moments])
         for tree, moments in ((state.m, m), (state.v, v))
     )
-    if quantized is None:
-        quantized = isinstance(state, QuantizedNadamState)
     if not quantized:
         return ScaleByNadamState(state.count, state.mu_product, m_tree, v_tree)
+    variable: Any = jax.tree.structure(state.count)  # of an array, or of a variable of Flax nnx that holds one
+    scales = tuple(jax.tree.unflatten(variable, [s]) for moment in (*m, *v) for s in moment.scales)
     # optax.tree.map_params needs a leaf here where params are a placeholder without leaves.
     return QuantizedNadamState(state.count, state.mu_product, m_tree, v_tree, scales or jnp.zeros(0))
 
 
 def check_nadam_state(name: str, state: Any) -> None:
     """Rejects another optimizer's state, and one whose m, v and scales do not belong together."""
+    if isinstance(state, Mapping):
+        raise ValueError(_RESTORED.format(name=name))
     validation.check_state(name, state, KINDS)
     validation.check_arrays(name, state)
     validation.check_structure(f"v of the state that {name} got", state.v, state.m)
-    codes = []
-    for field, kind, codes_dtype in (("m", jnp.inexact, jnp.int8), ("v", jnp.floating, jnp.uint8)):
-        for index, (x, like) in enumerate(zip(*map(jax.tree.leaves, (getattr(state, field), state.m)), strict=True)):
-            codes += [x] if x.dtype == codes_dtype else []
-            if x.shape != like.shape or not (x.dtype == codes_dtype or jnp.issubdtype(x.dtype, kind)):
-                leaf = validation.place(field, getattr(state, field), index)
-                wanted = f"{jnp.dtype(codes_dtype)} codes or {kind.__name__} numbers, {like.shape}"
-                raise ValueError(_APART.format(name=name, leaf=leaf, got=f"{x.dtype}, {x.shape}", wanted=wanted))
-    got = [(s.shape, s.dtype) for s in getattr(state, "scales", ()) if s.shape != ()]
-    wanted = [(shape, jnp.float32) for x in codes for shape in scale_shapes(x.shape)]
-    if got != wanted:
-        raise ValueError(_APART.format(name=name, leaf="scales", got=got, wanted=wanted))
+    _check_moments(name, "m", state.m, state.m, jnp.inexact, jnp.int8)
+    _check_moments(name, "v", state.v, state.m, jnp.floating, jnp.uint8)
+    codes = [x for x in jax.tree.leaves((state.m, state.v)) if number_of_scales(x)]
+    wanted = [(x, shape) for x in codes for shape in scale_shapes(x.shape)]
+    scales = _scales_of(state)
+    if len(scales) != len(wanted):
+        text = f"{len(scales)} arrays", f"{len(wanted)}, two for each leaf of codes and one for a vector"
+        raise ValueError(_APART.format(name=name, leaf="scales", got=text[0], wanted=text[1]))
+    for i, (scale, (x, shape)) in enumerate(zip(scales, wanted, strict=True)):
+        if (scale.shape, scale.dtype) != (shape, jnp.float32):
+            got, expected = f"{scale.dtype}, {scale.shape}", f"float32, {shape}"
+            raise ValueError(_APART.format(name=name, leaf=f"scales[{i}]", got=got, wanted=expected))
+        if axes := _varies_over(x) - _varies_over(scale):
+            raise ValueError(_SPLIT.format(name=name, shape=x.shape, axes=", ".join(sorted(map(repr, axes)))))
+
+
+def _check_moments(name: str, field: str, tree: Any, like: Any, kind: type, codes_dtype: DTypeLike) -> None:
+    """Rejects moments that are neither numbers nor codes, or of another shape than those in ``like``."""
+    for index, (x, other) in enumerate(zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)):
+        if x.shape != other.shape or not (x.dtype == codes_dtype or jnp.issubdtype(x.dtype, kind)):
+            leaf = validation.place(field, tree, index)
+            wanted = f"{kind.__name__} numbers or {jnp.dtype(codes_dtype)} codes, {other.shape}"
+            raise ValueError(_APART.format(name=name, leaf=leaf, got=f"{x.dtype}, {x.shape}", wanted=wanted))
+
+
+def _varies_over(x: Any) -> frozenset[str]:
+    """The axes of ``jax.shard_map`` over which an array differs, as far as its check knows them."""
+    return getattr(jax.typeof(x), "vma", frozenset()) if isinstance(x, jax.core.Tracer) else frozenset()
 
 
 # The states of Optax that store hyperparameters.
@@ -151,7 +184,7 @@ def get_state(opt_state: Any) -> NadamState:
     return state
 
 
-def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DTypeLike | None) -> Any:
+def convert_moments(opt_state: Any, *, m_dtype: Any, v_dtype: Any) -> Any:
     """The same optimizer state with its moments in other formats, and back.
 
     A run continues in the format of its state, so this is how a float32 run continues in 8 bits, or an 8-bit run in
@@ -167,7 +200,8 @@ def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DType
       A new state, for the optimizer with these formats; what was in host memory still is.
 
     Raises:
-      ValueError: a format that is not offered, or no Nadam state in ``opt_state``.
+      ValueError: a format that is not offered, or no Nadam state in ``opt_state``, or one whose moments and scales do
+        not belong together.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -179,17 +213,20 @@ def convert_moments(opt_state: Any, *, m_dtype: DTypeLike | None, v_dtype: DType
       >>> optax_nadam.convert_moments(small, m_dtype=None, v_dtype=None)[0].v.dtype
       dtype('float32')
     """
-    m_format, v_format = parse_format("m_dtype", m_dtype), parse_format("v_dtype", v_dtype)
+    m_formats, v_formats = Formats("m_dtype", m_dtype), Formats("v_dtype", v_dtype)
     if not any(nodes_of(opt_state, KINDS)):
         raise ValueError(_NO_NADAM)
 
     def convert(state: NadamState) -> NadamState:
-        check_nadam_state("opt_state", state)
-        count = in_device_memory(state.count)
+        def paired(moments: list[Moment], formats: Formats) -> Iterator[tuple[Moment, Any]]:
+            return zip(moments, formats.of(state.m), strict=True)
+
+        check_nadam_state("convert_moments", state)
+        count = in_device_memory(*jax.tree.leaves(state.count))
         m, v = moments_of(state)
-        m = [_converted(x, zero_m, m_format, RandomBits.for_m(count, i)) for i, x in enumerate(m)]
-        v = [_converted(x, zero_v, v_format, RandomBits.for_v(count, i)) for i, x in enumerate(v)]
-        return with_moments(state, m, v, quantized=is_8_bit(m_format) or is_8_bit(v_format))
+        m = [_converted(x, zero_m, f, RandomBits.for_m(count, i)) for i, (x, f) in enumerate(paired(m, m_formats))]
+        v = [_converted(x, zero_v, f, RandomBits.for_v(count, i)) for i, (x, f) in enumerate(paired(v, v_formats))]
+        return with_moments(state, m, v, quantized=m_formats.any_8_bit or v_formats.any_8_bit)
 
     return map_nodes(convert, opt_state, KINDS)
 

@@ -92,5 +92,10 @@ def by_names_of(like: Any, tree: Any) -> Any:
 
 def _by_name(tree: Any) -> dict[tuple[str, ...], Any]:
     """The leaves by the names along their paths, whether these are fields or keys."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {tuple(jax.tree_util.keystr((key,), simple=True) for key in path): leaf for path, leaf in leaves}
+    return {tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def names_of(path: Any) -> list[str]:
+    """The names along a path to a leaf, without the ``value`` of a variable of Flax."""
+    names = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    return names[:-1] if names[-1:] == ["value"] else names
