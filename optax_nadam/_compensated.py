@@ -126,8 +126,9 @@ def compensated(
         steps, inner_state = inner.update(_in_float32(updates), state.inner_state, weights, **extra_args)
         with jax.named_scope("compensated"):
             structure: Any = jax.tree.structure(params)
-            leaves = zip(*map(structure.flatten_up_to, (params, weights, steps, state.remainder)), strict=True)
-            stepped = [_update_leaf(*each, RandomBits.for_weights(count, i)) for i, each in enumerate(leaves)]
+            trees = (params, weights, steps, state.remainder)
+            leaves = enumerate(zip(*map(structure.flatten_up_to, trees), strict=True))
+            stepped = [_update_leaf(p, w, u, r, RandomBits.for_weights(count, i)) for i, (p, w, u, r) in leaves]
             applied, remainder = unzip(structure, stepped, 2)
         return applied, CompensatedState(count, remainder, inner_state)
 

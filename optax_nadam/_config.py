@@ -108,8 +108,8 @@ class NadamConfig:
       accumulate_steps: gradients that are averaged for one step, at least 1.
       schedule_counts_gradients: a learning rate schedule, the config's or that given to :meth:`build`, is a function of
         the gradients seen, ``accumulate_steps`` for each step, as in Keras; otherwise of the steps taken.
-      m_dtype: ``"int8"``, ``"bfloat16"``, ``"float32"``, ``"float64"`` or None, or a tree of such in dicts and lists, as
-        for :func:`optax_nadam.scale_by_nadam`; a function of the path is not data.
+      m_dtype: ``"int8"``, ``"bfloat16"``, ``"float32"``, ``"float64"`` or None, or a tree of such in dicts and lists,
+        see :func:`optax_nadam.scale_by_nadam`; a function of the path is not data.
       v_dtype: likewise.
 
     Raises:

@@ -176,7 +176,7 @@ def _found_state(state: Any, like: NadamState) -> NadamState:
         restored: NadamState = ScaleByNadamState(**fields)
     else:
         in_order = [scales[key] for key in sorted(scales, key=int)] if isinstance(scales, Mapping) else scales
-        restored = QuantizedNadamState(**fields, scales=in_order)
+        restored = QuantizedNadamState(**fields, scales=tuple(in_order))
     check_nadam_state("set_state", restored)
     return restored
 

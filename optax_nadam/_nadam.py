@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 from jax import numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import abs_squared, complex_like, compute_dtype
