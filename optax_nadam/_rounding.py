@@ -76,8 +76,8 @@ def without_derivative(x: jax.Array) -> jax.Array:
 def _no_derivative(primals: Any, tangents: Any) -> Any:
     raise TypeError(
         "Stochastic rounding has no derivative: that of 8-bit and bfloat16 moments and of compensated weights is lost"
-        " in it. To differentiate through update, store moments in float32 (m_dtype=None, v_dtype=None) and train float32"
-        " weights; to keep them out of the derivative, apply jax.lax.stop_gradient to gradients and state."
+        " in it. To differentiate through update, store moments in float32 (m_dtype=None, v_dtype=None) and train"
+        " float32 weights; to keep them out of the derivative, apply jax.lax.stop_gradient to gradients and state."
     )
 
 

@@ -28,8 +28,8 @@ _SPLIT = (
     " scales of its own; or let jit split the moments, and shard_map only what is around the optimizer."
 )
 _RESTORED = (
-    "{name} got a state in the form of a dict, as it is restored from disk without a target. Pass the target"
-    " tx.init(params) there, or put what was restored into it: opt_state = optax_nadam.set_state(tx.init(params), restored)."
+    "{name} got a state in the form of a dict, as it is restored from disk without a target. Restore it with the target"
+    " tx.init(params), or put what was restored into it: set_state(tx.init(params), restored)."
 )
 _NO_NADAM = "opt_state must hold a ScaleByNadamState, but holds none. Pass what init or update of a Nadam returned."
 
