@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from optax_nadam import _validation as validation
 from optax_nadam._leaves import dtype_of, in_device_memory, placed_like, zeros_like
 from optax_nadam._rounding import RandomBits, bits_of, number_of, without_derivative
-from optax_nadam._tree import map_nodes, the_node, unzip
+from optax_nadam._tree import by_name, by_names_of, is_masked, map_nodes, the_node, unzip
 
 _FLOAT16 = (
     "{leaf} has dtype float16; compensated stores what rounding to bfloat16 drops. Cast it to bfloat16 or float32."
@@ -158,7 +158,9 @@ def master_params(opt_state: Any, params: optax.Params) -> optax.Params:
     """
     remainder = the_node("opt_state", opt_state, CompensatedState).remainder
     _check_params(params, remainder)
-    return jax.tree.map(lambda p, r: _weight(p, jax.tree.map(in_device_memory, r)), params, remainder)
+    structure: Any = jax.tree.structure(params)
+    pairs = zip(jax.tree.leaves(params), _remainders("params", params, remainder), strict=True)
+    return jax.tree.unflatten(structure, [_weight(p, jax.tree.map(in_device_memory, r)) for p, r in pairs])
 
 
 def set_master_params(opt_state: Any, weights: optax.Params) -> tuple[optax.Params, Any]:
@@ -192,9 +194,10 @@ def set_master_params(opt_state: Any, weights: optax.Params) -> tuple[optax.Para
     """
     state = the_node("opt_state", opt_state, CompensatedState)
     _check_masters(weights, state.remainder)
-    structure: Any = jax.tree.structure(weights)
-    leaves = zip(*map(structure.flatten_up_to, (weights, state.remainder)), strict=True)
-    params, remainder = unzip(structure, [_split_leaf(*each) for each in leaves], 2)
+    remainders = _remainders("weights", weights, state.remainder)
+    split = [_split_leaf(w, r) for w, r in zip(jax.tree.leaves(weights), remainders, strict=True)]
+    params, by_weights = unzip(jax.tree.structure(weights), split, 2)
+    remainder = by_names_of(state.remainder, by_weights)
     new = state._replace(remainder=remainder)
     return params, map_nodes(lambda _: new, opt_state, CompensatedState)
 
@@ -243,13 +246,22 @@ def _check_masters(weights: Any, remainder: Any) -> None:
 
 def _with_remainders(name: str, tree: Any, remainder: Any) -> Iterator[tuple[Callable[[], str], Any, Any]]:
     """Each leaf, a function that makes its name, and its remainder, in trees of one structure."""
-    structure: Any = jax.tree.structure(tree)
-    try:
-        remainders = structure.flatten_up_to(remainder)
-    except (ValueError, TypeError) as error:
-        raise validation.wrong_structure(name, error) from None
+    remainders = _remainders(name, tree, remainder)
     for index, (leaf, r) in enumerate(zip(jax.tree.leaves(tree), remainders, strict=True)):
         yield functools.partial(validation.place, name, tree, index), leaf, r
+
+
+def _remainders(name: str, tree: Any, remainder: Any) -> list[Any]:
+    """What is in the place of each leaf: an array, None or a MaskedNode; the containers may be those of Flax nnx."""
+    structure: Any = jax.tree.structure(tree)
+    try:
+        return structure.flatten_up_to(remainder)
+    except (ValueError, TypeError) as error:
+        found = by_name(remainder, is_leaf=lambda node: node is None or is_masked(node))
+        names = by_name(tree)
+        if not {each for each, r in found.items() if r is not None} <= names.keys() <= found.keys():
+            raise validation.wrong_structure(name, error) from None
+    return [found[each] for each in names]
 
 
 def _is_compensated(remainder: Any) -> bool:

@@ -84,15 +84,15 @@ def by_names_of(like: Any, tree: Any) -> Any:
     Checkpoints keep names but not containers: Orbax without a target restores tuples as lists and an empty container as
     None. Where a leaf of one has no counterpart in the other, the tree is returned unchanged.
     """
-    found, wanted = _by_name(tree), _by_name(like)
+    found, wanted = by_name(tree), by_name(like)
     if found.keys() != wanted.keys():
         return tree
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in wanted])
 
 
-def _by_name(tree: Any) -> dict[tuple[str, ...], Any]:
-    """The leaves by the names along their paths, whether these are fields or keys."""
-    return {tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def by_name(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[tuple[str, ...], Any]:
+    """The leaves, in order, by the names along their paths, whether these are fields or keys."""
+    return {tuple(names_of(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf)}
 
 
 def names_of(path: Any) -> list[str]:

@@ -1,7 +1,7 @@
 """Parameter groups of torch's and timm's optimizers: the keys they share, and the optimizer of several groups."""
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import optax
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig, build_with_masks
 from optax_nadam._schedules import ScheduleConfig
+from optax_nadam._tree import by_name, is_pair
 from optax_nadam.compat._common import as_number, cannot_express, check_expressible, check_keys, without
 from optax_nadam.compat._torch_leaves import NO_TAG, Matched, the_tag
 
@@ -120,7 +121,7 @@ def _partition(configs: list[NadamConfig], tags: Any, *, with_frozen: bool) -> o
         return optimizers[0]
     labels = jax.tree.map(lambda tag: _FROZEN if tag == NO_TAG else str(distinct.index(kinds[tag - 1])), tags)
     by_label: dict[Any, optax.GradientTransformation] = {str(i): tx for i, tx in enumerate(optimizers)}
-    return optax.partition(by_label | {_FROZEN: optax.set_to_zero()}, labels)
+    return optax.partition(by_label | {_FROZEN: optax.set_to_zero()}, _by_names(labels))
 
 
 def _with_decays(
@@ -128,5 +129,18 @@ def _with_decays(
 ) -> optax.GradientTransformationExtraArgs:
     """One Nadam for the configs of a kind, which differ in weight decay only, with a mask for each of several."""
     own = [tag for tag, other in enumerate(kinds, 1) if other == kind]
-    masks = [jax.tree.map(lambda other, tag=tag: other == tag, tags) if len(own) > 1 else None for tag in own]
+    masks = [_by_names(jax.tree.map(lambda x, tag=tag: x == tag, tags)) if len(own) > 1 else None for tag in own]
     return build_with_masks(kind, [(configs[tag - 1].weight_decay, mask) for tag, mask in zip(own, masks, strict=True)])
+
+
+def _by_names(tree: Any) -> Callable[[Any], Any]:
+    """A function from params to the leaves of the same names in a tree, whatever the containers of the two."""
+    found = by_name(tree)
+
+    def of(params: Any) -> Any:
+        names = by_name(params, is_leaf=is_pair)
+        if not names.keys() <= found.keys():
+            validation.check_structure("params", params, tree)
+        return jax.tree.unflatten(jax.tree.structure(params, is_leaf=is_pair), [found[name] for name in names])
+
+    return of

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from optax_nadam import _validation as validation
-from optax_nadam._tree import is_masked, is_pair
+from optax_nadam._tree import by_name, is_masked, is_pair
 from optax_nadam.compat._torch_read import Label, Parameter, Source, listed
 
 _UNNAMED = (
@@ -137,16 +137,12 @@ def any_masked(tree: Any) -> bool:
 
 
 def select(name: str, tree: Any, like: Any) -> Any:
-    """The tree, with a masked node where the moments ``like`` have one."""
-
-    def is_leaf(node: Any) -> bool:
-        return is_masked(node) or is_pair(node)
-
-    try:
-        return jax.tree.map(lambda old, new: old if is_masked(old) else new, like, tree, is_leaf=is_leaf)
-    except ValueError:
+    """The tree in the containers of the moments ``like``, with a masked node where these have one."""
+    found, wanted = by_name(tree), by_name(like, is_leaf=lambda node: is_masked(node) or is_pair(node))
+    if found.keys() != wanted.keys():
         validation.check_structure(name, tree, like)
-        raise
+    leaves = [found[label] for label, node in wanted.items() if not is_masked(node)]
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_pair), leaves)
 
 
 def as_pairs(tree: Any) -> Any:
