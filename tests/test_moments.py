@@ -1,11 +1,14 @@
-"""Moments in bfloat16 and in 8 bits: the steps they lead to.
+"""Moments in bfloat16 and in 8 bits: the steps they lead to, and the formats of the leaves.
 
 - ``v`` decays, which it would not if rounded to the nearest: within 1% after 2200 steps; so it does for bfloat16 leaves
   with the float32 moments of the default, within 1e-4.
-- Updates are unbiased; in 8 bits, with gradients that differ by 10^4 in one row, each ``v`` is, within 2%, a tenth for
-  any 32 elements.
+- Updates are unbiased; in 8 bits, with gradients that differ by 10^4 in a row and in a column, each ``v`` is, within
+  2%, a tenth for any 32 of one size.
+- No 8-bit step is longer than 1.5 times the longest with float32 moments, or twice with b2 = .999, with gradients that
+  differ by up to 10^3 inside a row and a column.
+- A spike of 10^5, an infinity or a NaN changes the steps of its own element only.
 - A run is the same every time and on 1, 2 or 8 devices, in any sharding, bit for bit.
-- A NaN stays NaN, whatever its bits, also 0x7fffffff, that of NVIDIA GPUs.
+- A leaf of a mixed state takes the steps that it takes alone, bit for bit.
 """
 
 from typing import Any
@@ -13,13 +16,12 @@ from typing import Any
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_nadam import nadamw, scale_by_nadam
-from optax_nadam._moments import decode
-from optax_nadam._quantized import is_quantized
+from optax_nadam import QuantizedNadamState, ScaleByNadamState, convert_moments, nadamw, scale_by_nadam
 from tests.helpers import NANS, run
 from tests.reference import Nadam
 
@@ -27,8 +29,8 @@ NARROW: Any = {name: {"m_dtype": name, "v_dtype": name} for name in ("bfloat16",
 every_format = pytest.mark.parametrize("narrow", NARROW.values(), ids=NARROW)
 
 
-def numbers(tree):
-    return jax.tree.map(lambda x: decode(x, jnp.float32), tree, is_leaf=is_quantized)
+def numbers(state):
+    return convert_moments(state, m_dtype=None, v_dtype=None)
 
 
 @pytest.mark.parametrize(("narrow", "rtol"), [({}, 1e-4), *((x, 0.01) for x in NARROW.values())], ids=str)
@@ -38,9 +40,9 @@ def test_v_decays(rule, narrow, rtol):
     grads = jnp.repeat(jnp.asarray([1, 0], jnp.bfloat16), np.array([200, 2000]))
     tx, leaf = scale_by_nadam(rule=rule, **narrow), jnp.zeros((64, 64), jnp.bfloat16)
     state, _ = jax.lax.scan(lambda s, g: (tx.update(leaf + g, s)[1], None), tx.init(leaf), grads)
-    v = np.asarray(numbers(state.v), float)
-    np.testing.assert_allclose(np.mean(v), (1 - 0.999**200) * 0.999**2000, rtol=rtol)
-    assert np.max(np.abs(numbers(state.m))) < 1e-30
+    state = numbers(state)
+    np.testing.assert_allclose(np.mean(state.v.astype(float)), (1 - 0.999**200) * 0.999**2000, rtol=rtol)
+    assert np.max(np.abs(state.m)) < 1e-30
 
 
 @every_format
@@ -59,28 +61,65 @@ def test_updates_unbiased(rng, rule, narrow):
 
 
 def test_bits_of_their_own():
-    """Equal moments are rounded by random bits of their own."""
-    tx, g = scale_by_nadam(b1=0.3, b2=0.3, **NARROW["bfloat16"]), jnp.ones((32, 64))
+    """Equal moments are rounded by random bits of their own, in leaves of one shape too."""
+    tx, g = scale_by_nadam(b1=0.3, b2=0.3, **NARROW["bfloat16"]), [jnp.ones((32, 64))] * 2
     _, state = tx.update(g, tx.init(g))
-    m, v = (np.ravel(x).astype(float) for x in (state.m, state.v))
-    assert len(np.unique(m)) == len(np.unique(v)) == 2
-    assert abs(np.corrcoef(m, v)[0, 1]) < 5 / np.sqrt(32 * 64)
+    moments = [np.ravel(x).astype(float) for x in jax.tree.leaves((state.m, state.v))]
+    assert [len(np.unique(x)) for x in moments] == [2, 2, 2, 2]
+    assert np.max(np.abs(np.corrcoef(moments) - np.eye(4))) < 5 / np.sqrt(32 * 64)
 
 
-def test_uneven_rows_unbiased(rng):
-    """Of gradients from 1 to 1e-4 in one row, each element's v is unbiased, and each m."""
+def test_uneven_unbiased(rng):
+    """Of gradients from 1 to 1e-4 in each row, in any order, each element's v is unbiased, and each m."""
     sizes = np.geomspace(1, 1e-4, 256, dtype=np.float32)
-    grads = rng.normal(size=(1500, 64, 256)).astype(np.float32) * sizes
-    state, _ = run(scale_by_nadam(rule="constant", **NARROW["int8"]), jnp.asarray(grads))
+    order = np.stack([rng.permutation(256) for _ in range(64)])
+    grads = rng.normal(size=(1500, 64, 256)).astype(np.float32) * sizes[order]
+    state = numbers(run(scale_by_nadam(rule="constant", **NARROW["int8"]), jnp.asarray(grads))[0])
     m, v = np.zeros((64, 256)), np.zeros((64, 256))
     for t, g in enumerate(grads.astype(float), start=1):
         m, v = Nadam("constant").moments(g, m, v, t)
-    ratio = np.asarray(numbers(state.v), float) / v
+    ratio = np.asarray(state.v, float) / v
     np.testing.assert_allclose(np.mean(ratio), 1, atol=0.02)
-    by_size = np.mean(ratio, axis=0).reshape(8, 32).mean(axis=1)
-    np.testing.assert_allclose(by_size, 1, atol=0.1)
-    error = np.asarray(numbers(state.m), float) - m
-    assert abs(np.mean(error / sizes)) < 0.02
+    by_size = np.take_along_axis(ratio, np.argsort(order), axis=1)
+    np.testing.assert_allclose(by_size.reshape(64, 8, 32).mean(axis=(0, 2)), 1, atol=0.1)
+    assert abs(np.mean((np.asarray(state.m, float) - m) / sizes[order])) < 0.02
+
+
+def both_runs(grads, **h):
+    """All updates with float32 and with 8-bit moments."""
+    return jax.jit(lambda g: [run(scale_by_nadam(**h, **narrow), g)[1] for narrow in ({}, NARROW["int8"])])(grads)
+
+
+@pytest.mark.parametrize(("b2", "times"), [(0.95, 1.5), (0.999, 2.0)])
+def test_longest_step(rng, b2, times):
+    normal, falling = rng.normal(size=(300, 64, 64)), np.geomspace(1, 1e-3, 64)
+    kinds = {
+        "normal": normal,
+        "heavy-tailed": rng.standard_t(2, size=normal.shape),
+        "steady": normal[:1] + 0.1 * normal,
+        "rare": normal * (rng.random(normal.shape) < 0.01),
+        "by row and column": normal * falling * falling[:, None],
+        "by element": normal * rng.permuted(np.tile(falling, (64, 1)), axis=1),
+    }
+    wide, narrow = jax.vmap(lambda g: both_runs(g, b2=b2))(jnp.asarray(np.stack([*kinds.values()]), jnp.float32))
+    for kind, *longest in zip(kinds, *(np.max(np.abs(u), axis=(1, 2, 3)) for u in (wide, narrow)), strict=True):
+        assert longest[1] < times * longest[0], kind
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (2, 33, 64), (4096,)], ids=str)
+def test_spike_alone(rng, shape):
+    """In the others of its row and column, the steps differ from those of float32 as they do without it."""
+    spikes, at, where = [1.0, np.inf, np.nan], 20, tuple(size // 2 for size in shape)
+    if len(shape) > 1:  # a vector has one scale for a segment, with a spike in it too
+        spikes.append(1e5)
+    grads = np.stack([rng.normal(size=(at + 251, *shape)).astype(np.float32)] * len(spikes))
+    grads[(slice(None), at, *where)] = spikes
+    wide, narrow = (np.asarray(u, float) for u in jax.vmap(both_runs)(jnp.asarray(grads)))
+    for axis in range(len(shape)):
+        others = tuple(np.delete(np.arange(shape[axis]), i) if j == axis else i for j, i in enumerate(where))
+        for step in (at + 5, at + 250):
+            calm, *errors = (np.linalg.norm((n - w)[(step, *others)]) for n, w in zip(narrow, wide, strict=True))
+            assert np.all(np.asarray(errors) < 1.5 * calm), (axis, step)
 
 
 @every_format
@@ -108,15 +147,14 @@ def test_same_on_any_devices(rng, narrow):
 
 @every_format
 def test_nan_shows(narrow):
-    """In updates and moments, in 8 bits in those of its whole row."""
-    grads, where = np.ones((32, 64), np.float32), np.zeros((32, 64), bool)
-    for row, nan in enumerate(NANS):
-        grads[row, 5] = nan
-        where[row, slice(None) if narrow is NARROW["int8"] else 5] = True
+    """In the update and the moments of its element."""
+    grads = np.ones((32, 64), np.float32)
+    grads[np.arange(len(NANS)), 5] = NANS
     tx = scale_by_nadam(**narrow)
     updates, state = jax.jit(tx.update)(grads, tx.init(grads))
-    for tree in (updates, state.m, state.v):
-        np.testing.assert_array_equal(np.isnan(numbers(tree)), where)
+    state = numbers(state)
+    for x in (updates, state.m, state.v):
+        np.testing.assert_array_equal(np.isnan(x), np.isnan(grads))
 
 
 @every_format
@@ -128,8 +166,7 @@ def test_one_moment_narrow(narrow):
         state = scale_by_nadam(**{f"{name}_dtype": narrow[f"{name}_dtype"]}).init(params)
         chex.assert_trees_all_equal_shapes_and_dtypes(getattr(state, name), getattr(both, name))
         chex.assert_trees_all_equal_shapes_and_dtypes(getattr(state, other), getattr(plain, other))
-        assert getattr(state, name)["w"].dtype == jnp.bfloat16  # of the scale, where there is one
-        assert is_quantized(getattr(state, name)["w"]) == (narrow is NARROW["int8"])
+        assert getattr(state, name)["w"].dtype.itemsize < 4
     assert both.m["z"].dtype == jnp.complex64
 
 
@@ -142,7 +179,7 @@ def test_float32_draws_no_bits():
 
 
 def test_vmap_of_bytes(rng):
-    """Each member of a population has rows of its own."""
+    """Each member of a population has scales of its own."""
     params, rates = jnp.asarray(rng.normal(size=(3, 32, 64)), jnp.float32), jnp.array([1e-3, 1e-2, 0.1])
 
     def steps(p, b1):
@@ -151,13 +188,77 @@ def test_vmap_of_bytes(rng):
 
     together, alone = jax.vmap(steps)(params, rates), jax.lax.map(lambda args: steps(*args), (params, rates))
     chex.assert_trees_all_close(together[0], alone[0], rtol=1e-6)
-    assert together[1].m.codes.shape == (3, 32, 64)
+    assert [x.shape for x in together[1].scales] == [(3, 32), (3, 64)] * 2
 
 
-def test_misfits():
-    tx = scale_by_nadam(**NARROW["int8"])
-    state = tx.init({"w": jnp.ones((32, 64))})
-    with pytest.raises(ValueError, match=r"gradients\['w'\] has shape \(64, 32\).*\(32, 64\)"):
-        tx.update({"w": jnp.ones((64, 32))}, state)
-    with pytest.raises(ValueError, match=r"missing \['w'\]; unexpected \['x'\]"):
-        tx.update({"x": jnp.ones((32, 64))}, state)
+TREE: Any = {"embed": (64, 32), "blocks": [{"kernel": (32, 64), "bias": (64,)}, (1065,)], "none": None}
+LAST = {"embed": None, "blocks": "int8", "none": "bfloat16"}
+EVERY = {"embed": None, "blocks": [{"kernel": "int8", "bias": None}, jnp.int8], "none": None}
+
+
+def gradients(rng, steps=5):
+    """Of such a tree, with a leading axis of steps."""
+    return jax.tree.map(
+        lambda shape: jnp.asarray(rng.normal(size=(steps, *shape)), jnp.float32),
+        TREE,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+def test_formats_by_leaf(rng):
+    """By the first levels of the tree, by all, or by path; leaves that are None or masked have none."""
+    grads, seen = gradients(rng), []
+
+    def by_path(path):
+        seen.append(path)
+        return "int8" if path.startswith("blocks") else None
+
+    state, updates = run(scale_by_nadam(m_dtype=LAST, v_dtype=LAST), grads)
+    for formats in (EVERY, by_path):
+        chex.assert_trees_all_equal(run(scale_by_nadam(m_dtype=formats, v_dtype=formats), grads), (state, updates))
+    assert seen[:4] == ["blocks/0/bias", "blocks/0/kernel", "blocks/1", "embed"]
+    assert [str(x.dtype) for x in jax.tree.leaves(state.m)] == ["float32", "int8", "int8", "float32"]
+    assert [x.shape for x in state.scales] == [(32,), (64,), (9,)] * 2
+    masked = optax.masked(scale_by_nadam(m_dtype=LAST, v_dtype=by_path), TREE | {"embed": False, "blocks": True})
+    inner = masked.init(jax.tree.map(lambda g: g[0], grads)).inner_state
+    assert isinstance(inner.m["embed"], optax.MaskedNode)
+    assert [x.shape for x in inner.scales] == [(32,), (64,), (9,)] * 2
+
+
+def test_leaves_of_mixed_state(rng):
+    grads = gradients(rng)
+    mixed, updates = run(scale_by_nadam(m_dtype=LAST, v_dtype={**LAST, "blocks": "bfloat16"}), grads)
+    wide, expected = run(scale_by_nadam(), grads)
+    for got, want in ((updates, expected), (mixed.m, wide.m), (mixed.v, wide.v)):
+        chex.assert_trees_all_equal(got["embed"], want["embed"])
+    assert jnp.any(updates["blocks"][1] != expected["blocks"][1])
+
+
+def test_kind_of_state():
+    """That with scales where a format may be int8, whatever the params, so that it does not depend on them."""
+    for formats in ("int8", {"w": None, "b": jnp.int8}, lambda path: None):
+        state = scale_by_nadam(v_dtype=formats).init({"w": jnp.ones(3), "b": jnp.ones(3)})
+        assert isinstance(state, QuantizedNadamState)
+        assert state.scales.shape == (0,)
+    assert isinstance(
+        scale_by_nadam(m_dtype={"w": None}, v_dtype="bfloat16").init({"w": jnp.ones(3)}), ScaleByNadamState
+    )
+
+
+@pytest.mark.parametrize(
+    ("formats", "text"),
+    [
+        ({"embed": "int4", "blocks": None}, r"v_dtype\['embed'\] must be None, int8, .*got 'int4'"),
+        (lambda path: "int4", r"v_dtype\['blocks'\]\[0\]\['bias'\] must be None, int8, .*got 'int4'"),
+        (
+            {"embed": "int8"},
+            r"v_dtype must be one format, a tree of .*does not fit the params: (?s:.*)embed",
+        ),
+        ({**LAST, "blocks": ["int8"]}, "does not fit the params: (?s:.*)'blocks'"),
+        ({**LAST, "embed": {"w": None}}, "does not fit the params"),
+    ],
+    ids=repr,
+)
+def test_misfits(rng, formats, text):
+    with pytest.raises(ValueError, match=text):
+        scale_by_nadam(v_dtype=formats).init(gradients(rng))

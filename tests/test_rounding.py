@@ -2,15 +2,21 @@
 
 - To bfloat16 it is unbiased, within 5 standard errors over 2^20 draws, with an error under one unit; numbers that are
   bfloat16 already are not changed, and a NaN stays NaN, whatever its bits, also 0x7fffffff, that of NVIDIA GPUs.
-- The random bits are a function of position and step only, no two elements of a leaf have the same, and steps,
-  positions and draws do not go together, within 5 standard errors.
+- The random bits are a function of step, leaf and position only, no two elements of a leaf have the same, and steps,
+  leaves, positions and draws do not go together, within 5 standard errors.
+- A derivative through rounding is an error, one that does not go through it is not.
 """
 
+from typing import Any
+
 import chex
+import jax
 import numpy as np
+import optax
 import pytest
 from jax import numpy as jnp
 
+from optax_nadam import compensated, nadam
 from optax_nadam._rounding import RandomBits, round_to
 from tests.helpers import NANS
 
@@ -19,7 +25,7 @@ every_half = pytest.mark.parametrize("high", [False, True])
 
 
 def bits_of_step_1(high):
-    return RandomBits(jnp.int32(1), high)
+    return RandomBits(jnp.int32(1), jnp.int32(0), high)
 
 
 @every_half
@@ -30,7 +36,7 @@ def test_bits_by_position(high):
 
 
 def test_bits_uniform():
-    low, high = (np.asarray(of(3).draw((MANY,))) for of in (RandomBits.for_m, RandomBits.for_v))
+    low, high = (np.asarray(of(3, 5).draw((MANY,))) for of in (RandomBits.for_m, RandomBits.for_v))
     assert len(np.unique(high.astype(np.uint32) << 16 | low)) == MANY
     for draw in (low, high):
         counts = np.bincount(draw, minlength=2**16)
@@ -40,9 +46,12 @@ def test_bits_uniform():
 
 def test_bits_independent():
     kinds = (RandomBits.for_m, RandomBits.for_v, RandomBits.for_weights)
-    (m, v, weights), (_, then, _) = ([np.asarray(of(step).draw((MANY,))) for of in kinds] for step in (41, 42))
+    (m, v, weights), (_, then, _), (_, there, _) = (
+        [np.asarray(of(*step_and_leaf).draw((MANY,))) for of in kinds] for step_and_leaf in ((41, 0), (42, 0), (41, 1))
+    )
     of_one_step = [(m, v), (m, weights), (v, weights)]
-    for a, b in [*of_one_step, (v, then), (v[1:], v[:-1]), (v[256:], v[:-256]), (v >> 15, then >> 15)]:
+    of_others = [(v, then), (v >> 15, then >> 15), (v, there), (then, there), (v[1:], v[:-1]), (v[256:], v[:-256])]
+    for a, b in of_one_step + of_others:
         assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(MANY)
 
 
@@ -71,3 +80,43 @@ def test_other_dtypes_cast(dtype):
     """They are cast."""
     x = jnp.linspace(-1, 1, 7)
     chex.assert_trees_all_equal(round_to(x, dtype, bits_of_step_1(False)), x.astype(dtype))
+
+
+INT8: Any = {"m_dtype": "int8", "v_dtype": "int8"}
+NARROW = {
+    "int8": nadam(0.1, **INT8),
+    "int8 m": nadam(0.1, m_dtype="int8"),
+    "bfloat16 v": nadam(0.1, v_dtype="bfloat16"),
+    "compensated": compensated(nadam(0.1)),
+}
+
+
+@pytest.mark.parametrize("tx", NARROW.values(), ids=NARROW)
+def test_no_derivative(tx):
+    """None through two steps, or of a compensated weight; but one where the rounded numbers are held constant."""
+    params = jnp.ones((32, 64), jnp.bfloat16 if tx is NARROW["compensated"] else jnp.float32)
+
+    def loss(g, hold=lambda x: x):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(hold(params * g.astype(params.dtype)), hold(state), params)
+        return jnp.sum(updates.astype(jnp.float32))
+
+    for transform in (jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))):
+        with pytest.raises(TypeError, match=r"Stochastic rounding has no derivative.*m_dtype=None.*stop_gradient"):
+            transform(loss)(jnp.float32(2.0))
+    assert jax.grad(loss)(jnp.float32(2.0), jax.lax.stop_gradient) == 0
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_derivative_of_the_rate(dtype):
+    """That of a step, in which nothing of it is rounded, is the direction."""
+    params = jnp.ones((32, 64))
+
+    def stepped(rate):
+        tx = nadam(rate, m_dtype=dtype, v_dtype=dtype)
+        updates, _ = tx.update(params, tx.init(params), params)
+        return jnp.sum(optax.apply_updates(params, updates))
+
+    slope, change = jax.grad(stepped)(jnp.float32(0.5)), stepped(jnp.float32(1.0)) - stepped(jnp.float32(0.0))
+    np.testing.assert_allclose(slope, change, rtol=1e-5)
