@@ -263,7 +263,7 @@ def build_with_masks(
     ]
     tx = optax.chain(*[part for part in parts if part is not None])
     if config.complex_as_real:
-        tx = optax.with_extra_args_support(optax.contrib.split_real_and_imaginary(tx))
+        tx = wrappers.split_real_and_imaginary(tx)
     return tx if config.accumulate_steps == 1 else wrappers.accumulate(tx, config.accumulate_steps)
 
 

@@ -140,27 +140,29 @@ def average(
 
     value = step(stored, grad)
     if stored.scales:
-        return value, _once_on_a_cpu(lambda *x: encode(step(*x), stored, bits), bits.seed < 0, stored, grad)
+        return value, _encoded_once(step, stored, grad, bits)
     encoded = encode(value, stored, bits)
     return (decode(encoded, value.dtype) if stored.array.dtype == jnp.bfloat16 else value), encoded
 
 
-def _once_on_a_cpu(
-    step: Callable[[Moment, jax.Array], Moment], never: jax.Array, stored: Moment, grad: jax.Array
+def _encoded_once(
+    step: Callable[[Moment, jax.Array], jax.Array], stored: Moment, grad: jax.Array, bits: RandomBits
 ) -> Moment:
-    """A step of an 8-bit moment, of which XLA:CPU computes nothing again in the kernel of the update.
+    """An 8-bit moment after a step, of which XLA:CPU computes nothing again in the kernel of the update.
 
-    It is one of two branches, of which the other, which leaves the moment as it is, is never taken.
+    There it is one of two branches; the other, of zeros, is never taken.
     """
 
-    def unchanged(stored: Moment, grad: jax.Array) -> Moment:
-        # Under shard_map, what is stored must vary over the same devices after both: those of the gradient.
-        return jax.tree.map(lambda x: jnp.where(grad.ravel()[0] == 0, x, x), stored)
+    def encoded(stored: Moment, grad: jax.Array) -> Moment:
+        return encode(step(stored, grad), stored, bits)
+
+    def zeros(stored: Moment, grad: jax.Array) -> Moment:
+        return zero_codes(step(stored, grad), stored.array.dtype)
 
     def behind_a_branch(stored: Moment, grad: jax.Array) -> Moment:
-        return lax.switch(never.astype(jnp.int32), [step, unchanged], stored, grad)
+        return lax.switch((bits.seed < 0).astype(jnp.int32), [encoded, zeros], stored, grad)
 
-    return lax.platform_dependent(stored, grad, cpu=behind_a_branch, default=step)
+    return lax.platform_dependent(stored, grad, cpu=behind_a_branch, default=encoded)
 
 
 def _lerp(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:

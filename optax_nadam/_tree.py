@@ -68,8 +68,8 @@ def the_node(name: str, tree: Any, kind: _Kind) -> Any:
     """
     found = list(nodes_of(tree, kind))
     if len(found) != 1:
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        raise ValueError(_NOT_ONE.format(name=name, kind=" or ".join(k.__name__ for k in kinds), number=len(found)))
+        first = kind[0] if isinstance(kind, tuple) else kind
+        raise ValueError(_NOT_ONE.format(name=name, kind=first.__name__, number=len(found)))
     return found[0]
 
 

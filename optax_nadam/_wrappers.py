@@ -9,8 +9,8 @@ from jax import numpy as jnp
 from jax.typing import ArrayLike
 
 from optax_nadam import _validation as validation
-from optax_nadam._leaves import abs_squared, complex_like, compute_dtype, zeros_like
-from optax_nadam._tree import is_pair
+from optax_nadam._leaves import abs_squared, complex_like, compute_dtype, is_complex, zeros_like
+from optax_nadam._tree import by_name, by_names_of, is_pair
 
 
 def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
@@ -171,6 +171,33 @@ def _mean(leaf: Any) -> jax.Array:
     """The mean over a leaf, or over both parts of a split one."""
     parts = jax.tree.leaves(leaf)
     return sum(map(jnp.sum, parts)) / sum(x.size for x in parts)
+
+
+def split_real_and_imaginary(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Optax's transformation of that name, also where Flax nnx has made mappings of the pairs in its variables."""
+    split = optax.with_extra_args_support(optax.contrib.split_real_and_imaginary(tx))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if not any(map(is_complex, jax.tree.leaves(updates))):
+            return split.update(updates, state, params, **extra_args)
+        pairs = as_pairs(updates)
+        names = by_name(pairs).keys()
+
+        def is_like_params(node: Any) -> bool:
+            return by_name(node).keys() == names
+
+        in_pairs = jax.tree.map(lambda node: by_names_of(pairs, node), state, is_leaf=is_like_params)
+        updates, new = split.update(updates, in_pairs, params, **extra_args)
+        return updates, by_names_of(state, new)
+
+    return optax.GradientTransformationExtraArgs(split.init, update)
+
+
+def as_pairs(tree: Any) -> Any:
+    """A tree like the params as its transformation sees it: a complex leaf is a pair of real ones."""
+    identity = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
+    split: Any = optax.contrib.split_real_and_imaginary(identity).init(tree)
+    return split.inner_state
 
 
 def cautious(

@@ -10,8 +10,8 @@
 """
 
 import functools
-import re
 import operator
+import re
 
 import chex
 import jax

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from optax_nadam import _validation as validation
 from optax_nadam._tree import by_name, is_masked, is_pair
@@ -143,13 +142,6 @@ def select(name: str, tree: Any, like: Any) -> Any:
         validation.check_structure(name, tree, like)
     leaves = [found[label] for label, node in wanted.items() if not is_masked(node)]
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_pair), leaves)
-
-
-def as_pairs(tree: Any) -> Any:
-    """A tree like that of an optimizer state: a complex leaf is a pair of real ones."""
-    identity = optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, state))
-    split: Any = optax.contrib.split_real_and_imaginary(identity).init(tree)
-    return split.inner_state
 
 
 def filled(tree: Any, number: float) -> Any:

@@ -13,8 +13,9 @@ from optax_nadam._config import NadamConfig
 from optax_nadam._load import put_counters
 from optax_nadam._state import KINDS, ScaleByNadamState, convert_moments, get_state
 from optax_nadam._tree import map_parts, nodes_of
+from optax_nadam._wrappers import as_pairs
 from optax_nadam.compat._common import Checkpoint, get_numbers, load_nadam
-from optax_nadam.compat._torch_leaves import NO_TAG, Matched, any_masked, as_pairs, filled, merged, select, the_tag
+from optax_nadam.compat._torch_leaves import NO_TAG, Matched, any_masked, filled, merged, select, the_tag
 from optax_nadam.compat._torch_read import Label, Layout, Parameter, labels_of, listed
 
 _BEHIND = (
