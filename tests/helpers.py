@@ -37,3 +37,13 @@ def relative_error(got, expected, axis=None):
     """The length of the error over that of what is expected."""
     got, expected = np.asarray(got).astype(expected.dtype), np.asarray(expected)
     return np.linalg.norm(got - expected, axis=axis) / np.linalg.norm(expected, axis=axis)
+
+
+def inside_everything(tx):
+    """An optimizer inside wrappers of every shape: tuples, dicts, records within records."""
+    injected = optax.inject_hyperparams(lambda scale: optax.chain(tx, optax.scale(scale)))(
+        scale=optax.constant_schedule(1.0)
+    )
+    labels = {"a": "ours", "b": "theirs"}
+    parts = optax.partition({"ours": injected, "theirs": optax.adam(optax.constant_schedule(0.1))}, labels)
+    return optax.MultiSteps(optax.chain(optax.clip(1.0), parts), 2).gradient_transformation()

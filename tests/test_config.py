@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax import numpy as jnp
 
-from optax_nadam import NadamConfig, ScheduleConfig, nadam, nadamw
+from optax_nadam import NadamConfig, ScheduleConfig, get_state, nadam, nadamw
 from optax_nadam._rules import RULES
 from tests.helpers import descend
 from tests.reference import Nadam
@@ -42,7 +42,7 @@ EVERY_FIELD_CHANGED = NadamConfig(
     complex_as_real=True,
     accumulate_steps=2,
     schedule_counts_gradients=True,
-    m_dtype="float32",
+    m_dtype={"embed": None, "blocks": ["int8", "bfloat16"]},
     v_dtype="float32",
 )
 
@@ -66,7 +66,22 @@ def test_json():
     for field in dataclasses.fields(NadamConfig):
         assert getattr(EVERY_FIELD_CHANGED, field.name) != field.default, field.name
     for config in (NadamConfig(), EVERY_FIELD_CHANGED, NadamConfig(rule="dozat2016")):
-        assert NadamConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        again = NadamConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+        assert again == config
+        assert hash(again) == hash(config)
+
+
+def test_formats_by_leaf():
+    """In dicts and lists, which the config keeps as its own."""
+    given: dict[Any, Any] = {"embed": None, "blocks": ("int8", {0: "bfloat16"})}
+    config = NadamConfig(m_dtype=given, v_dtype="int8")
+    given["embed"] = "no format"
+    assert config.m_dtype == {"embed": None, "blocks": ["int8", {"0": "bfloat16"}]}
+    assert config == NadamConfig(m_dtype=config.m_dtype, v_dtype="int8")
+    assert hash(config) != hash(dataclasses.replace(config, m_dtype={"embed": None, "blocks": "int8"}))
+    leaf = jnp.ones((32, 32))
+    state = get_state(config.build().init({"embed": leaf, "blocks": [leaf, {"0": leaf}]}))
+    assert [x.dtype for x in jax.tree.leaves(state.m)] == ["int8", "bfloat16", "float32"]
 
 
 def test_kinds_of_numbers():
@@ -112,7 +127,8 @@ def test_unknown_names():
         ("clip_value", 0.0, ValueError, "must be finite and positive, got 0.0"),
         ("clip_norm", -1.0, ValueError, "must be finite and positive, got -1.0"),
         ("clip_global_norm", float("nan"), ValueError, "must be finite and positive, got nan"),
-        ("v_dtype", jnp.float32, TypeError, "must be a string"),
+        ("v_dtype", jnp.float32, TypeError, "must be a string, None, or a dict or list of such"),
+        ("v_dtype", lambda path: "int8", TypeError, "must be a string"),
         ("accumulate_steps", 0, ValueError, "must be finite and positive, got 0"),
         ("accumulate_steps", 1.5, TypeError, "must be a whole number, got 1.5"),
     ],
@@ -120,6 +136,12 @@ def test_unknown_names():
 def test_bad_fields(name, value, kind, text):
     with pytest.raises(kind, match=f"{name} .*{re.escape(text)}"):
         NadamConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("kind", "value"), [(ValueError, "int4"), (TypeError, 8)])
+def test_bad_format_of_a_leaf(kind, value):
+    with pytest.raises(kind, match=rf"m_dtype\['blocks'\]\[1\]\['w'\] must be .*got {value!r}"):
+        NadamConfig(m_dtype={"blocks": [None, {"w": value}]})
 
 
 def test_default_is_nadam(rng):

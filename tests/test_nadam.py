@@ -166,6 +166,16 @@ def test_dtypes_side_by_side(rng, rule):
         assert np.max(relative_error(updates[name], expected, axis=0)) <= all_steps, name
 
 
+@pytest.mark.parametrize("rule", ["scheduled", "dozat2016"])
+def test_derivative(rng, rule):
+    """Of two updates by the first gradient, against the differences of the reference."""
+    g, h = rng.normal(size=(2, 64)).astype(np.float32), 1e-5
+    tx = scale_by_nadam(rule=rule, eps=1e-3)
+    slopes = jax.jit(jax.jacfwd(lambda s: run(tx, jnp.asarray(g) * jnp.stack([s, jnp.ones_like(s)])[:, None])[1]))(1.0)
+    (above, *_), (below, *_) = (Nadam(rule, eps=1e-3).updates(g.astype(float) * [[1 + x], [1]]) for x in (h, -h))
+    assert np.all(relative_error(slopes, (above - below) / (2 * h), axis=1) < 1e-5)
+
+
 def test_x64_enabled_later():
     """A float32 product of momenta stays one."""
     tx, g = scale_by_nadam(), jnp.ones(3)

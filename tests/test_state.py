@@ -1,9 +1,13 @@
-"""Nadam's state: finding it, converting its moments, setting its count.
+"""Nadam's state: finding it, checking it, converting its moments.
 
-- ``convert_moments`` takes any format to any other, at any depth; what is in the format already is not changed, and
-  rounding is unbiased, within 5 standard errors.
-- ``set_count`` sets what as many steps would have set, and no other counter.
+- ``convert_moments`` takes any format to any other, at any depth and by leaf; what is in the format already is not
+  changed, and rounding is unbiased, within 5 standard errors.
+- A state whose moments and scales do not belong together is refused, by the name of the leaf.
 """
+
+import re
+from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -11,20 +15,19 @@ import numpy as np
 import optax
 import pytest
 from jax import numpy as jnp
+from jax.sharding import AxisType, PartitionSpec
 
 from optax_nadam import (
-    NadamConfig,
+    QuantizedNadamState,
     ScaleByNadamState,
     convert_moments,
     get_state,
     nadam,
     nadamw,
     scale_by_nadam,
-    set_count,
 )
-from optax_nadam._quantized import is_quantized
 from optax_nadam._tree import map_nodes, nodes_of
-from tests.helpers import run
+from tests.helpers import inside_everything, run
 
 FORMATS = [None, "bfloat16", "int8"]
 LEAVES = {"w": (32, 64), "b": (7,), "z": (3,)}
@@ -59,11 +62,19 @@ def test_convert_moments(rng, of, to):
 
 
 def test_back_and_forth(rng):
-    """The scale of a row may change with its largest element, so codes may change by one."""
+    """Codes go back to the same codes."""
     state = a_state(rng, "int8")
-    back = convert_moments(numbers(state), m_dtype="int8", v_dtype="int8")
-    for a, b in zip(*(jax.tree.leaves((s.m["w"].codes, s.v["w"].codes)) for s in (state, back)), strict=True):
-        assert np.max(np.abs(a.astype(jnp.int32) - b.astype(jnp.int32))) <= 1
+    chex.assert_trees_all_equal(convert_moments(numbers(state), m_dtype="int8", v_dtype="int8"), state)
+
+
+def test_convert_by_leaf(rng):
+    """Each leaf as by itself."""
+    state, to = a_state(rng, "int8"), {"w": None, "b": "bfloat16", "z": None}
+    converted = convert_moments(state, m_dtype=to, v_dtype=lambda path: "int8" if path == "w" else to[path])
+    of_b, of_w = convert_moments(state, m_dtype="bfloat16", v_dtype="bfloat16"), numbers(state)
+    chex.assert_trees_all_equal(converted.m, {"w": of_w.m["w"], "b": of_b.m["b"], "z": state.m["z"]})
+    chex.assert_trees_all_equal(converted.v, {"w": state.v["w"], "b": of_b.v["b"], "z": state.v["z"]})
+    chex.assert_trees_all_equal(converted.scales, state.scales[2:])
 
 
 def test_convert_unbiased(rng):
@@ -85,7 +96,7 @@ def test_convert_at_any_depth():
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.partition(parts, {name: name for name in params}))
     _, state = tx.update(params, tx.init(params), params)
     converted = jax.jit(lambda s: convert_moments(s, m_dtype="int8", v_dtype="int8"))(state)
-    assert sum(map(is_quantized, jax.tree.leaves(converted, is_quantized))) == 4
+    assert [len(x.scales) for x in nodes_of(converted, QuantizedNadamState)] == [4, 4]
     counters = [[x for _, x in optax.tree.get_all_with_path(s, "count")] for s in (state, converted)]
     chex.assert_trees_all_equal(*counters)
 
@@ -110,16 +121,6 @@ def test_float64_stays():
 def test_convert_misuse(tx, formats, kind, text):
     with pytest.raises(kind, match=text):
         convert_moments(tx.init(jnp.ones(3)), **formats)
-
-
-def inside_everything(tx):
-    """An optimizer inside wrappers of every shape: tuples, dicts, records within records."""
-    injected = optax.inject_hyperparams(lambda scale: optax.chain(tx, optax.scale(scale)))(
-        scale=optax.constant_schedule(1.0)
-    )
-    labels = {"a": "ours", "b": "theirs"}
-    parts = optax.partition({"ours": injected, "theirs": optax.adam(optax.constant_schedule(0.1))}, labels)
-    return optax.MultiSteps(optax.chain(optax.clip(1.0), parts), 2).gradient_transformation()
 
 
 PARAMS = {"a": jnp.ones((32, 64)), "b": jnp.ones(3)}
@@ -149,42 +150,67 @@ def test_not_one_state(number, tx):
         get_state(tx.init(PARAMS))
 
 
-def is_counter(path):
-    return jax.tree_util.keystr(path[-1:]) in (".count", ".gradient_step")
+INT8: Any = {"m_dtype": "int8", "v_dtype": "int8"}
+WHOLE = {"w": jnp.ones((32, 64)), "b": jnp.ones(7)}
 
 
-@pytest.mark.lenient("Optax's schedules mix dtypes")
-@pytest.mark.parametrize("rule", ["scheduled", "constant", "loss_scaled"])
-def test_set_count(rule):
-    decay = {"weight_decay": 0.1, "weight_decay_peak_learning_rate": 0.1}  # by a schedule too
-    config = NadamConfig(rule=rule, b1=0.8, momentum_decay=0.3, **decay)
-    tx = inside_everything(config.build(optax.linear_schedule(0.1, 0.0, 100)))
-    ran = jax.lax.fori_loop(0, 18, lambda _, state: tx.update(PARAMS, state, PARAMS)[1], tx.init(PARAMS))
-    moved = set_count(tx.init(PARAMS), jnp.int32(9), config)
-    np.testing.assert_allclose(get_state(moved).mu_product, get_state(ran).mu_product, rtol=1e-6)
-    counters, then = (
-        {jax.tree_util.keystr(path): int(x) for path, x in jax.tree_util.tree_leaves_with_path(s) if is_counter(path)}
-        for s in (moved, ran)
-    )
-    assert set(then.values()) == {9}
-    (of_adam,) = [
-        path for path, count in counters.items() if "theirs" in path and count == 0
-    ]  # not that of its schedule
-    assert counters == then | {of_adam: 0}
+def cast(tree, dtype):
+    return jax.tree.map(lambda x: x.astype(dtype), tree)
 
 
-def test_largest_count(rng):
-    """Narrow moments stay; a count beyond int32 is the largest."""
-    state = a_state(rng, "int8")
-    moved = set_count(state, 3_000_000_000, NadamConfig())
-    chex.assert_trees_all_equal((moved.m, moved.v), (state.m, state.v))
-    assert (moved.count, moved.mu_product) == (2**31 - 1, 0)
+# What is changed in an 8-bit state of two leaves, and what the error says of it.
+WRONG: list[tuple[Callable[[Any], Any], str]] = [
+    (lambda s: s._replace(v={"w": s.v["w"]}), "v of the state that {} got differ in structure|missing ['b']"),
+    (lambda s: s._replace(v=s.v | {"b": jnp.ones(3)}), "v['b'] is float32, (3,) in place of floating |uint8 |, (7,)."),
+    (
+        lambda s: s._replace(m=s.v, v=s.m),
+        "m['w'] is uint8, (32, 64) in place of inexact numbers or int8 codes, (32, 64)",
+    ),
+    (lambda s: s._replace(v=s.m), "v['w'] is int8, (32, 64) in place of floating numbers or uint8 codes"),
+    (lambda s: cast(s, jnp.int32), "{} got a state in which m['b'] is int32, (7,) in place|in its own dtypes"),
+    (lambda s: cast(s, jnp.bfloat16), "scales is 4 arrays in place of 0, two for each|convert_moments."),
+    (lambda s: ScaleByNadamState(*s[:4]), "scales is 0 arrays in place of 4, two for each leaf of codes"),
+    (lambda s: s._replace(scales=s.scales[1:]), "scales is 3 arrays in place of 4"),
+    (lambda s: s._replace(scales=(s.scales[0],) * 4), "scales[1] is float32, (32,) in place of float32, (64,)"),
+    (lambda s: s._replace(scales=cast(s.scales, jnp.bfloat16)), "scales[0] is bfloat16, (32,) in place of float32"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), WRONG)
+def test_wrong_state(change, text):
+    """Refused by all that read one."""
+    tx = scale_by_nadam(**INT8)
+    state = change(tx.init(WHOLE))
+    readers: dict[str, Callable[[], Any]] = {
+        "scale_by_nadam": lambda: tx.update(WHOLE, state),
+        "get_state": lambda: get_state((state,)),
+        "convert_moments": lambda: convert_moments(state, m_dtype=None, v_dtype=None),
+    }
+    for name, read in readers.items():
+        words = [name, *text.split("|")] if "{}" not in text else text.format(name).split("|")
+        with pytest.raises(ValueError, match=".*".join(map(re.escape, words))):
+            read()
+
+
+def test_dict_for_state():
+    """As it is restored from disk."""
+    tx = optax.chain(scale_by_nadam(**INT8))
+    (state,) = tx.init(WHOLE)
+    with pytest.raises(ValueError, match=r"scale_by_nadam got a state in the form of a dict, .*set_state\(tx.init"):
+        tx.update(WHOLE, (state._asdict(),))
 
 
 @pytest.mark.parametrize(
-    ("count", "kind", "text"),
-    [(-1, ValueError, "count must not be negative, got -1"), (1.5, TypeError, "count must be a whole number, got 1.5")],
+    ("of_rows", "text"), [("data", "8-bit moments .*over 'data'"), (None, r"scales\[0\] is .*64.*32")]
 )
-def test_bad_counts(count, kind, text):
-    with pytest.raises(kind, match=text):
-        set_count(nadam().init(PARAMS), count, NadamConfig())
+def test_split_codes(of_rows, text):
+    """By shard_map, with the columns whole, or all scales."""
+    if not hasattr(jax, "shard_map"):
+        return  # in the releases of JAX before it no array tells that it is split
+    tx, mesh = scale_by_nadam(**INT8), jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    split, whole = PartitionSpec("data"), PartitionSpec()
+    specs = QuantizedNadamState(whole, whole, split, split, (PartitionSpec(of_rows), whole) * 2)
+    update = jax.shard_map(tx.update, mesh=mesh, in_specs=(split, specs), out_specs=(split, specs))
+    params = jnp.ones((64, 64))
+    with pytest.raises(ValueError, match=f"scale_by_nadam got .*{text}"):
+        update(params, tx.init(params))

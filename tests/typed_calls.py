@@ -17,7 +17,7 @@ def right_calls() -> None:
     assert_type(optax_nadam.NadamConfig().build(), optax.GradientTransformationExtraArgs)
     assert_type(compat.torch.nadam(), optax.GradientTransformationExtraArgs)
     assert_type(optax_nadam.nadam(optax.constant_schedule(1e-3)).init({}), optax.OptState)
-    assert_type(optax_nadam.get_state(()), optax_nadam.ScaleByNadamState)
+    assert_type(optax_nadam.get_state(()), optax_nadam.ScaleByNadamState | optax_nadam.QuantizedNadamState)
 
 
 def wrong_calls() -> None:
