@@ -153,7 +153,10 @@ def _check_moments(name: str, field: str, tree: Any, like: Any, kind: type, code
 
 def _varies_over(x: Any) -> frozenset[str]:
     """The axes of ``jax.shard_map`` over which an array differs, as far as its check knows them."""
-    return getattr(jax.typeof(x), "vma", frozenset()) if isinstance(x, jax.core.Tracer) else frozenset()
+    if not isinstance(x, jax.core.Tracer):
+        return frozenset()
+    kind = jax.typeof(x)
+    return kind.vma if hasattr(kind, "vma") else getattr(getattr(kind, "mat", None), "varying", frozenset())
 
 
 # The states of Optax that store hyperparameters.

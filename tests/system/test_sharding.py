@@ -3,7 +3,9 @@
 - ``init`` shards the moments like the params, under jit too, with automatic and explicit axes (those of ``optax.nadam``
   are on one device under jit); ``accumulate`` does so with the mean, which ``optax.MultiSteps`` has whole everywhere.
 - A step of sharded params sends nothing, keeps all shardings, and gives the bits of one device, every rule.
-- Narrow moments and remainders are sharded like the params, in any sharding, and give the same bits.
+- Narrow moments and remainders are sharded like the params, in any sharding, 8-bit scales as their axis, and give the
+  same bits; a step sends the largest of columns and rows that are split, and nothing else.
+- ``shard_map`` that splits 8-bit moments but not their scales is refused.
 - Moments split over replicas of the params (ZeRO-1): one all-gather a leaf, 1 byte of state a parameter a device, of 8.
 - ``shard_map`` with ``pmean`` takes the step of the whole batch.
 """
@@ -210,7 +212,7 @@ def test_own_states(rng, m_dtype):
 
 @pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
 def test_narrow_formats(rng):
-    """Whichever axes are split, also those of rows: codes like the params, scales like the rows."""
+    """Whichever axes are split, also those of rows: codes like the params, scales as their axis."""
     specs = enumerate(("both", "columns", "one axis"), start=1)
     tree = {name: rng.standard_normal((16, 64 * n)).astype(jnp.bfloat16) for n, name in specs}
     formats = {narrow: compensated(nadamw(1e-2, m_dtype=narrow, v_dtype=narrow)) for narrow in ("bfloat16", "int8")}
@@ -229,10 +231,48 @@ def test_narrow_formats(rng):
             states = jax.jit(started)(split)
             got = jax.jit(stepped)(split, states)
             for params, state in (*got.values(), *((split, state) for state in states.values())):
-                stored = (params, state.remainder, state.inner_state[0].m, state.inner_state[0].v)
-                assert_laid_out(mesh, *({name: getattr(x, "codes", x) for name, x in part.items()} for part in stored))
+                assert_laid_out(mesh, params, state.remainder, state.inner_state[0].m, state.inner_state[0].v)
             for state in (states["int8"], got["int8"][1]):
-                for name, x in state.inner_state[0].m.items():
-                    rows = NamedSharding(mesh, PartitionSpec(*SPECS[name][:1]))
-                    assert x.scale.sharding.is_equivalent_to(rows, 1), (axes, name, x.scale.sharding)
+                names, scales = list(state.inner_state[0].m), iter(state.inner_state[0].scales)
+                for name in names + names:  # rows and columns of m, then of v
+                    for axis in range(2):
+                        spec, scale = NamedSharding(mesh, PartitionSpec(*SPECS[name][axis : axis + 1])), next(scales)
+                        assert scale.sharding.is_equivalent_to(spec, 1), (axes, name, axis, scale.sharding)
             chex.assert_trees_all_equal(jax.device_get(got), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "text"),
+    [
+        (SPLIT, r"8-bit moments of shape \(16, 64\) split by jax.shard_map over 'data', and scales that are not"),
+        (EVERYWHERE, r"scales\[0\] is float32, \(128,\) in place of float32, \(16,\)"),
+    ],
+)
+def test_shard_map_of_rows(rows, text):
+    """Refused, unless each part has scales of its own, from ``init`` inside."""
+    tx, params = nadam(m_dtype="int8", v_dtype="int8"), jnp.ones((16 * 8, 64))
+    specs = {params.shape: SPLIT, (16 * 8,): rows}
+
+    def own(params, grads):
+        return make_step(tx)(grads, tx.init(params), params)[0]
+
+    with mesh_of("automatic", (8,), ("data",)) as mesh:
+        split = functools.partial(shard_map, mesh=mesh, checked=True)
+        moments = jax.tree.map(lambda x: specs.get(x.shape, EVERYWHERE), tx.init(params))
+        step = split(make_step(tx), in_specs=(SPLIT, moments, SPLIT), out_specs=(SPLIT, moments))
+        with pytest.raises(ValueError, match=text):
+            jax.jit(step)(params, tx.init(params), params)
+        got = jax.jit(split(own, in_specs=(SPLIT, SPLIT), out_specs=SPLIT))(params, params)
+    np.testing.assert_allclose(got, np.concatenate([own(x, x) for x in jnp.split(params, 8)]), rtol=1e-6)
+
+
+def test_collectives_of_scales():
+    """Only the largest of each column where rows are split, and of each row where columns are."""
+    tx = nadam(m_dtype="int8", v_dtype="int8")
+    with mesh_of("automatic", (8,), ("data",)) as mesh:
+        for spec, sent in (((), set()), (("data",), {"f32[128]{0}"}), ((None, "data"), {"f32[64]{0}"})):
+            params = jax.device_put(jnp.ones((64, 128)), NamedSharding(mesh, PartitionSpec(*spec)))
+            state = jax.jit(tx.init)(params)
+            compiled = jax.jit(make_step(tx)).lower(params, state, params).compile()
+            assert set(re.findall(r"= (\S+) all-reduce\(", compiled.as_text())) == sent, spec
+            assert set(collectives(compiled)) <= {"all-reduce"}, spec
