@@ -17,14 +17,13 @@ PANELS = {
     "length of the step": ["update_rms", "momentum_rms"],
     "moments": ["m_norm", "root_v_norm"],
     "m, layer by layer": ["m_norm/hidden", "m_norm/last"],
-    "share of the gradient": ["gradient_share"],
 }
 
 
 def draw(log: dict[str, np.ndarray], path: Path) -> None:
     """A panel for each kind of scalar."""
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    for axes, (title, names) in zip(figure.subplots(2, 3, sharex=True).flat, PANELS.items(), strict=True):
+    figure = Figure(figsize=(14, 3), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(1, 5, sharex=True), PANELS.items(), strict=True):
         for name in names:
             axes.plot(log[name], lw=1, label=name)
         axes.set_title(title, fontsize=10)
@@ -37,8 +36,12 @@ def draw(log: dict[str, np.ndarray], path: Path) -> None:
 def main() -> dict[str, np.ndarray]:
     """Trains on the digits; returns each scalar over the steps."""
     chosen = arguments(__doc__, steps=300, out="out/moments.png")
-    config = optax_nadam.NadamConfig(learning_rate=3e-3)
-    tx, params = config.build(), initial_params(chosen.seed)
+    config, params = optax_nadam.NadamConfig(), initial_params(chosen.seed)
+    tx = optax.chain(
+        optax_nadam.scale_by_nadam(),
+        optax.snapshot("update_rms", optax_nadam.diagnostics.rms),
+        optax.scale_by_learning_rate(3e-3),
+    )
 
     @jax.jit
     def step(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any, dict[str, jax.Array]]:
@@ -46,7 +49,7 @@ def main() -> dict[str, np.ndarray]:
         updates, state = tx.update(grads, state, params)
         layers = optax.tree.get(state, "m")  # any other part of the state can be logged too
         norms = {f"m_norm/{name}": optax.tree.norm(layer) for name, layer in layers.items()}
-        shown = {"loss": loss} | norms | optax_nadam.diagnostics.scalars(state, config, grads)
+        shown = {"loss": loss} | norms | optax_nadam.diagnostics.scalars(state, config)
         return optax.apply_updates(params, updates), state, shown
 
     state, lines = tx.init(params), []
