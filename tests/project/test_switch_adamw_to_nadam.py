@@ -35,4 +35,4 @@ def test_switch(example, start, monkeypatch, capsys, tmp_path):
 
     _, state = states["scheduled, 8-bit"]
     assert state[0].count == STEPS
-    assert state[0].m["mix"].codes.sharding.spec == jax.sharding.PartitionSpec("data")
+    assert state[0].m["mix"].sharding.spec == jax.sharding.PartitionSpec("data")
