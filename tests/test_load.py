@@ -5,6 +5,7 @@
   the format is wide or the same, else within one code, unbiased.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -47,9 +48,9 @@ def numbers(opt_state):
     return get_state(convert_moments(opt_state, m_dtype=None, v_dtype=None))
 
 
-def as_restored(tree, sequence):
+def as_restored(tree: Any, sequence: Callable[[list[Any]], Any]) -> Any:
     """What a file has kept of it: names, and of tuples and lists the order."""
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+    if hasattr(tree, "_fields"):
         tree = tree._asdict()
     if isinstance(tree, dict):
         return {name: as_restored(x, sequence) for name, x in tree.items()} or None
@@ -59,7 +60,7 @@ def as_restored(tree, sequence):
 
 
 # Orbax restores lists, Flax dicts by number.
-SEQUENCES = {"lists": list, "dicts": lambda children: {str(i): x for i, x in enumerate(children)}}
+SEQUENCES: dict[str, Any] = {"lists": list, "dicts": lambda children: {str(i): x for i, x in enumerate(children)}}
 
 
 @pytest.mark.parametrize("to", FORMATS)

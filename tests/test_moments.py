@@ -87,7 +87,8 @@ def test_uneven_unbiased(rng):
 
 def both_runs(grads, **h):
     """All updates with float32 and with 8-bit moments."""
-    return jax.jit(lambda g: [run(scale_by_nadam(**h, **narrow), g)[1] for narrow in ({}, NARROW["int8"])])(grads)
+    optimizers = scale_by_nadam(**h), scale_by_nadam(**h, **NARROW["int8"])
+    return jax.jit(lambda g: [run(tx, g)[1] for tx in optimizers])(grads)
 
 
 @pytest.mark.parametrize(("b2", "times"), [(0.95, 1.5), (0.999, 2.0)])

@@ -2,9 +2,9 @@
 
 - Orbax, Flax msgpack, Equinox, safetensors and npz restore every bit, and the next step is the same: float32,
   bfloat16, complex64 and float64, with moments in every format and with compensated weights.
-- Orbax restores onto another sharding, every format.
+- Orbax restores onto another sharding, every format; and without a target what ``set_state`` makes a state of.
 - A truncated file raises.
-- A state saved by 0.1.0 or 0.2.0 loads, and the next step is the one taken there.
+- A state saved by 0.1.0 or 0.2.0 loads, and the next step is the one taken there; 8-bit moments of 0.2.0 are refused.
 """
 
 import functools
@@ -27,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError
 from safetensors import flax as safetensors
 
-from optax_nadam import compensated, nadamw
+from optax_nadam import compensated, nadamw, set_state
 from tests import reference
 from tests.recordings import record_state
 
@@ -47,7 +47,7 @@ def save_orbax(path, tree):
         checkpointer.save(path, tree)
 
 
-def load_orbax(path, target):
+def load_orbax(path, target=None):
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, target)
 
@@ -112,7 +112,7 @@ def training_of(name):
     """Params and state after three steps."""
     dtypes = ["float32", "bfloat16", "complex64"] if "bits" in name else ["bfloat16"]
     dtypes += ["float64"] if name == "64 bits" else []
-    params = {d: jnp.linspace(-2, 1, 1032).reshape(8, 129).astype(d) for d in dtypes} | {"small": jnp.ones(8)}
+    params = {d: jnp.linspace(-2, 1, 1152).reshape(24, 48).astype(d) for d in dtypes} | {"small": jnp.ones(8)}
     step = step_of(name)
     return step(step(step((params, OPTIMIZERS[name].init(params)))))
 
@@ -146,6 +146,16 @@ def test_orbax_reshards(name, tmp_path):
     assert_same_bits(restored, training)
     # For a sharded state XLA compiles another program, whose last bits may differ: both must be sharded alike.
     assert_same_bits(step(restored), step(jax.device_put(training, shardings)))
+
+
+@pytest.mark.parametrize("name", ["32 bits", "bfloat16", "int8"])
+def test_orbax_without_target(name, tmp_path):
+    """Of optimizers inside others, one of them masked."""
+    params, opt_state = training_of(name)
+    tx = optax.chain(optax.masked(OPTIMIZERS[name], dict.fromkeys(params, True) | {"small": False}))
+    _, opt_state = tx.update(params, tx.init(params), params)
+    save_orbax(tmp_path / STORED, {"params": params, "opt_state": opt_state})
+    assert_same_bits(set_state(tx.init(params), load_orbax(tmp_path / STORED)["opt_state"]), opt_state)
 
 
 # Orbax stores a folder. One leaf only: it abandons the reads of the others when one fails, which complain later.
@@ -187,6 +197,22 @@ def test_earlier_releases(release, file, store):
     for leaf, precision in PRECISION.items():
         for expected in (double(recorded["updates"][leaf]), exact[leaf]):
             assert np.linalg.norm(double(updates[leaf]) - expected) <= precision * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("file", sorted(RECORDINGS.glob("narrow-*.msgpack")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("dtype", record_state.NARROW)
+def test_narrow_of_releases(dtype, file):
+    recorded = serialization.msgpack_restore(file.read_bytes())[dtype]
+    tx, params = record_state.optimizer(dtype), recorded["params"]
+    if dtype == "int8" and file.stem == "narrow-0.2.0":
+        with pytest.raises(ValueError, match=r"8-bit moments of optax_nadam 0.2.0.*In 0.2.0, load it, convert_moments"):
+            set_state(tx.init(params), recorded["opt_state"])
+        return
+    opt_state = set_state(tx.init(params), recorded["opt_state"])
+    assert_same_bits(opt_state, serialization.from_state_dict(tx.init(params), recorded["opt_state"]))
+    updates, _ = jax.jit(tx.update)(recorded["gradients"], opt_state, params)
+    for name, expected in recorded["updates"].items():  # other bits may round the moments of the step
+        assert np.linalg.norm(updates[name] - expected) <= 2**-8 * np.linalg.norm(expected)
 
 
 def double(x):

@@ -108,7 +108,7 @@ def test_split_state(moved, rng):
     got = host_step(moved, OPTIMIZERS["int8"], params, state)(params, on_host(state), g)
     assert shardings(got[1], HOST) == wanted
     assert_in(HOST, got[1])
-    assert wanted[0].m["kernel"].codes.spec == SPLIT.spec
+    assert wanted[0].m["kernel"].spec == wanted[0].scales[0].spec == SPLIT.spec
     assert_same(got, expected)
 
 
@@ -140,7 +140,7 @@ def test_converted(before, after, rng):
 def test_converted_and_split(rng):
     _, state, _ = start("float32", rng, SPLIT)
     got = optax_nadam.convert_moments(on_host(state), **INT8)
-    assert got[0].m["kernel"].codes.sharding == SPLIT.with_memory_kind(HOST)
+    assert got[0].m["kernel"].sharding == SPLIT.with_memory_kind(HOST)
     assert_in(HOST, got)
 
 

@@ -255,7 +255,7 @@ def test_python_numbers(field, value):
     state = tx.init(PARAMS)._replace(**{field: value})
     with pytest.raises(TypeError, match=f"scale_by_nadam got a state in which state.{field} is {value}, not an array"):
         tx.update(PARAMS, state)
-    with pytest.raises(TypeError, match=f"opt_state got a state in which state.{field} is {value}"):
+    with pytest.raises(TypeError, match=f"get_state got a state in which state.{field} is {value}"):
         load(state, PARAMS)
 
 
