@@ -107,6 +107,22 @@ def test_longest_step(rng, b2, times):
         assert longest[1] < times * longest[0], kind
 
 
+def test_least_v():
+    """Where rounding left a ``v`` that no gradients give with this ``m``, the step is the longest that some give."""
+    reference, tx = Nadam(), scale_by_nadam(**NARROW["int8"])
+    falling = (reference.b1 / reference.b2) ** np.arange(2000.0)[::-1, None]  # by Cauchy and Schwarz
+    _, m, v, _ = reference.updates(falling)
+    zero = jnp.zeros((32, 64))
+    state = (
+        scale_by_nadam()
+        .init(zero)
+        ._replace(count=jnp.int32(2000), mu_product=jnp.float32(0), m=zero + 1, v=zero.at[0].set(1).at[:, 0].set(1))
+    )
+    updates, _ = tx.update(zero, convert_moments(state, **NARROW["int8"]))
+    expected = reference.update(0, reference.b1, v / m**2 * reference.b1**2, 2001, 0.0)
+    np.testing.assert_allclose(updates[1:, 1:], np.broadcast_to(expected, (31, 63)), rtol=1e-5)
+
+
 @pytest.mark.parametrize("shape", [(64, 64), (2, 33, 64), (4096,)], ids=str)
 def test_spike_alone(rng, shape):
     """In the others of its row and column, the steps differ from those of float32 as they do without it."""

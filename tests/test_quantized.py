@@ -17,7 +17,7 @@ from jax import numpy as jnp
 
 from optax_nadam._leaves import abs_squared
 from optax_nadam._moments import average, zero_m, zero_v
-from optax_nadam._quantized import Moment, decode_codes, encode_codes
+from optax_nadam._quantized import Moment, _largest_of_windows, decode_codes, encode_codes
 from optax_nadam._rounding import RandomBits
 from tests.helpers import NANS
 
@@ -26,7 +26,7 @@ every_dtype = pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
 # Matrices, one with batch axes, and vectors, the second with a last segment of 41; and the size of their numbers.
 SIZES: dict[tuple[int, ...], float] = {
     (96, 70): 1.0,
-    (3, 40, 2, 50): 1e-10,
+    (20, 2, 20, 15): 1e-10,
     (40, 33): 1e20,
     (1024,): 3.0,
     (1065,): 1e-9,
@@ -87,6 +87,13 @@ def test_codes_unbiased(rng, dtype, shape):
     for part in np.array_split(np.argsort(np.abs(fraction), axis=None), 4):
         error, p = (went_up - up).reshape(steps, -1)[:, part], up.ravel()[part]
         assert abs(np.sum(error)) < 5 * np.sqrt(steps * np.sum(p * (1 - p)))
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((1000, 100), 0), ((3, 70, 7, 90), 1), ((40, 33), 0)])
+def test_windows_of_a_gpu(rng, shape, axis):
+    """On a GPU the largest of columns is found in two stages."""
+    x = rng.random(shape, np.float32)
+    np.testing.assert_array_equal(_largest_of_windows(jnp.asarray(x), axis).max(axis), x.max(axis))
 
 
 # The shapes of the scales of a leaf: rows, then columns. None where they take more than half a byte a parameter.
