@@ -15,7 +15,6 @@ import numpy as np
 import optax
 import pytest
 from jax import numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
 
 from optax_nadam import (
     QuantizedNadamState,
@@ -206,19 +205,3 @@ def test_dict_for_state():
     (state,) = tx.init(WHOLE)
     with pytest.raises(ValueError, match=r"scale_by_nadam got a state in the form of a dict, .*set_state\(tx.init"):
         tx.update(WHOLE, (state._asdict(),))
-
-
-@pytest.mark.parametrize(
-    ("of_rows", "text"), [("data", "8-bit moments .*over 'data'"), (None, r"scales\[0\] is .*64.*32")]
-)
-def test_split_codes(of_rows, text):
-    """By shard_map, with the columns whole, or all scales."""
-    if not hasattr(jax, "shard_map"):
-        return  # in the releases of JAX before it no array tells that it is split
-    tx, mesh = scale_by_nadam(**INT8), jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-    split, whole = PartitionSpec("data"), PartitionSpec()
-    specs = QuantizedNadamState(whole, whole, split, split, (PartitionSpec(of_rows), whole) * 2)
-    update = jax.shard_map(tx.update, mesh=mesh, in_specs=(split, specs), out_specs=(split, specs))
-    params = jnp.ones((64, 64))
-    with pytest.raises(ValueError, match=f"scale_by_nadam got .*{text}"):
-        update(params, tx.init(params))
