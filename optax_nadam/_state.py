@@ -163,7 +163,7 @@ def _varies_over(x: Any) -> frozenset[str]:
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
-def get_state(opt_state: Any) -> NadamState:
+def get_state(opt_state: Any) -> ScaleByNadamState | QuantizedNadamState:
     """The one Nadam state in an optimizer state, at any depth of chains and wrappers.
 
     Args:
