@@ -164,18 +164,18 @@ def compiled_step(
     The compiler chooses the sharding of the results or, pinned, they have that of the params and the state.
     """
     params = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in shapes.items()}
-    donated = laid_out(params, mesh, params_spec), initial_state(tx, laid_out(params, mesh, SPLIT), mesh)
+    donated = laid_out(params, mesh, params_spec), initial_state(tx.init, laid_out(params, mesh, SPLIT), mesh)
     results = jax.tree.map(lambda x: x.sharding, donated) if pin else None
     step = jax.jit(whole_step(tx, apply=True), donate_argnums=(0, 1), out_shardings=results)
     return step.lower(*donated, laid_out(params, mesh, SPLIT)).compile()
 
 
-def initial_state(tx: Any, params: Any, mesh: Mesh) -> Any:
+def initial_state(init: Callable[[Any], Any], params: Any, mesh: Mesh) -> Any:
     """The abstract state of abstract params; where it has 8-bit scales, split as the compiler splits them."""
-    state = jax.eval_shape(tx.init, params)
-    if not jax.tree.leaves(optax.tree.get_all_with_path(state, "scales")):
+    state = jax.eval_shape(init, params)
+    if not optax.tree.get_all_with_path(state, "scales"):
         return laid_out(state, mesh, SPLIT)
-    shardings = jax.jit(tx.init).lower(params).compile().output_shardings
+    shardings = jax.jit(init).lower(params).compile().output_shardings
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
 
 

@@ -1,5 +1,6 @@
 """What does a step move and need where the optimizer state is in host memory? Compiled ahead of time, not run."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -93,49 +94,28 @@ def moved_whole(tx: Any, on_chip: Any) -> Step:
 
 
 def moved_by_leaf(tx: Any, on_chip: Any) -> Step:
-    """A step whose state is copied entry by entry of the params, each after the entry before was updated."""
+    """A step of one state for each entry of the params, each copied after the entry before was updated."""
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
-        done: list[Any] = []
+        params, state, before = dict(params), dict(state), None
         for name in params:
-            here = entry(name, params, state)
-            if done:
-                done[-1], here = jax.lax.optimization_barrier((done[-1], here))
-            here = jax.device_put(here, entry(name, params, on_chip))
-            updates, here = tx.update({name: grads[name]}, here, {name: params[name]})
-            done.append((optax.apply_updates({name: params[name]}, updates), here))
-        new_params, states = zip(*done, strict=True)
-        return joined(new_params), joined(states)
+            if before:
+                params[before], state[name] = jax.lax.optimization_barrier((params[before], state[name]))
+            here = jax.device_put(state[name], on_chip[name])
+            updates, state[name] = tx.update(grads[name], here, params[name])
+            params[name], before = optax.apply_updates(params[name], updates), name
+        return params, state
 
     return step
-
-
-def entry(name: str, params: Any, state: Any) -> Any:
-    """The state of one entry of the params: of all in it that has their keys, this key."""
-
-    def cut(node: Any) -> Any:
-        return {name: node[name]} if is_like(node) else node
-
-    def is_like(node: Any) -> bool:
-        return isinstance(node, dict) and node.keys() == params.keys()
-
-    return jax.tree.map(cut, state, is_leaf=is_like)
-
-
-def joined(states: Sequence[Any]) -> Any:
-    """One state from those of all entries."""
-
-    def join(*nodes: Any) -> Any:
-        return {name: x for node in nodes for name, x in node.items()} if isinstance(nodes[0], dict) else nodes[-1]
-
-    return jax.tree.map(join, *states, is_leaf=lambda node: isinstance(node, dict))
 
 
 def compiled_step(case: Case, target: str) -> Any:
     """The executable of a step whose state is in host memory before and after."""
     mesh, tx = aot.mesh_of(target, case.chips), case.tx
     params = {name: jax.ShapeDtypeStruct(shape, case.weights) for name, shape in case.shapes.items()}
-    params, state = (aot.laid_out(tree, mesh, SPLIT) for tree in (params, jax.eval_shape(tx.init, params)))
+    params = aot.laid_out(params, mesh, SPLIT)
+    init = functools.partial(jax.tree.map, tx.init) if case.by_leaf else tx.init
+    state = aot.initial_state(init, params, mesh)
     on_chip = jax.tree.map(lambda x: OnChip(mesh, x.sharding.spec), (params, state))
     on_host = jax.tree.map(lambda x: host_format(x, mesh, target), state)
     step = (moved_by_leaf if case.by_leaf else moved_whole)(tx, on_chip[1])

@@ -155,7 +155,21 @@ def set_state(opt_state: Any, state: Any) -> Any:
     numbers = [[numbers_of(x) for x in moments] for moments in moments_of(found)]
     m, v = (jax.tree.unflatten(jax.tree.structure(t), x) for t, x in zip((found.m, found.v), numbers, strict=True))
     (count, product), _ = jax.tree.flatten((found.count, found.mu_product))
-    return put_counters(put_state(opt_state, count=int(count), mu_product=float(product), m=m, v=v), int(count))
+    new = put_counters(put_state(opt_state, count=int(count), mu_product=float(product), m=m, v=v), int(count))
+    return map_nodes(lambda node: _with_codes_of(found, node), new, KINDS)
+
+
+def _with_codes_of(found: NadamState, new: NadamState) -> NadamState:
+    """The new state with the codes of the one that it was made of, where both have codes: rounded once, not twice."""
+
+    def kept(tree: Any, moments: list[Moment], new_tree: Any, new_moments: list[Moment]) -> list[Moment]:
+        numbered = jax.tree.unflatten(jax.tree.structure(tree), range(len(moments)))
+        order = jax.tree.leaves(by_names_of(new_tree, numbered))
+        pairs = [(moments[i], like) for i, like in zip(order, new_moments, strict=True)]
+        return [jax.tree.map(placed_like, x, like) if x.scales and like.scales else like for x, like in pairs]
+
+    (m, v), (new_m, new_v) = moments_of(found), moments_of(new)
+    return with_moments(new, kept(found.m, m, new.m, new_m), kept(found.v, v, new.v, new_v))
 
 
 def _found_state(state: Any, like: NadamState) -> NadamState:

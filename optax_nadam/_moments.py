@@ -22,7 +22,7 @@ _NOT_A_FORMAT = (
 
 _NOT_A_PREFIX = (
     "{name} must be one format, a tree of formats with the structure of the params or the first levels of it, or a"
-    " function of a leaf's path; this tree does not fit the params: {error}"
+    " function of a leaf's path; this tree does not fit the params: {difference}."
 )
 _INJECTED = (
     "{name} is an array, {value!r}. optax.inject_hyperparams takes every callable for a schedule, and"
@@ -82,9 +82,19 @@ class Formats:
 
         try:
             jax.tree.map(fill, self._value, params, is_leaf=_is_none)
-        except ValueError as error:
-            raise ValueError(_NOT_A_PREFIX.format(name=self._name, error=error)) from None
+        except ValueError:
+            raise ValueError(_NOT_A_PREFIX.format(name=self._name, difference=self._difference(paths))) from None
         return found
+
+    def _difference(self, paths: list[Any]) -> str:
+        """Which leaves have no format, and which formats no leaf."""
+        leaves = [names_of(path) for path in paths]
+        formats = [names_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(self._value, is_leaf=_is_none)]
+        without = [x for x in leaves if not any(x[: len(f)] == f for f in formats)]
+        unused = [f for f in formats if not any(x[: len(f)] == f for x in leaves)]
+        named = (("no format for", without), ("no leaf for", unused))
+        texts = [f"{text} {', '.join('/'.join(x) for x in names[:10])}" for text, names in named if names]
+        return "; ".join(texts) or "the containers are not the same"
 
 
 def _is_none(x: Any) -> bool:

@@ -31,6 +31,8 @@ _RESTORED = (
     "{name} got a state in the form of a dict, as it is restored from disk without a target. Restore it with the target"
     " tx.init(params), or put what was restored into it: set_state(tx.init(params), restored)."
 )
+_WIDE: tuple[DTypeLike, ...] = (jnp.float32, jnp.bfloat16, jnp.float64)
+_COMPLEX: tuple[DTypeLike, ...] = (jnp.complex64, jnp.complex128)
 _NO_NADAM = "opt_state must hold a ScaleByNadamState, but holds none. Pass what init or update of a Nadam returned."
 
 
@@ -73,7 +75,7 @@ class QuantizedNadamState(NamedTuple):
       v: codes of the mean of the squared gradients, likewise, uint8.
       scales: float32 arrays in the order of the leaves with codes, those of ``m`` first: of a leaf of shape
         ``(..., d, f)`` the rows ``(..., d)``, then the columns ``(..., f)``; of a vector of ``n`` elements ``n / 128``,
-        rounded up. An empty array where no leaf has codes.
+        rounded up. A scalar where no leaf has codes.
     """
 
     count: jax.Array  # type: ignore[assignment]  # hides tuple.count, as in every Optax state
@@ -100,7 +102,7 @@ def moments_of(state: NadamState) -> tuple[list[Moment], list[Moment]]:
 
 def _scales_of(state: NadamState) -> list[jax.Array]:
     """All scales, in order."""
-    return [s for s in jax.tree.leaves(getattr(state, "scales", ())) if s.size]
+    return [s for s in jax.tree.leaves(getattr(state, "scales", ())) if s.ndim]
 
 
 def with_moments(state: NadamState, m: list[Moment], v: list[Moment], *, quantized: bool | None = None) -> NadamState:
@@ -115,8 +117,8 @@ def with_moments(state: NadamState, m: list[Moment], v: list[Moment], *, quantiz
         return ScaleByNadamState(state.count, state.mu_product, m_tree, v_tree)
     variable: Any = jax.tree.structure(state.count)  # of an array, or of a variable of Flax nnx that holds one
     scales = tuple(jax.tree.unflatten(variable, [s]) for moment in (*m, *v) for s in moment.scales)
-    # optax.tree.map_params needs a leaf here where params are a placeholder without leaves.
-    return QuantizedNadamState(state.count, state.mu_product, m_tree, v_tree, scales or jnp.zeros(0))
+    # Without codes a scalar: optax.tree.map_params needs a leaf, and Orbax saves no array of size zero.
+    return QuantizedNadamState(state.count, state.mu_product, m_tree, v_tree, scales or jnp.zeros(()))
 
 
 def check_nadam_state(name: str, state: Any) -> None:
@@ -126,8 +128,9 @@ def check_nadam_state(name: str, state: Any) -> None:
     validation.check_state(name, state, KINDS)
     validation.check_arrays(name, state)
     validation.check_structure(f"v of the state that {name} got", state.v, state.m)
-    _check_moments(name, "m", state.m, state.m, jnp.inexact, jnp.int8)
-    _check_moments(name, "v", state.v, state.m, jnp.floating, jnp.uint8)
+    _check_scalars(name, state)
+    _check_moments(name, "m", state.m, state.m, _WIDE + _COMPLEX, jnp.int8)
+    _check_moments(name, "v", state.v, state.m, _WIDE, jnp.uint8)
     codes = [x for x in jax.tree.leaves((state.m, state.v)) if number_of_scales(x)]
     wanted = [(x, shape) for x in codes for shape in scale_shapes(x.shape)]
     scales = _scales_of(state)
@@ -142,12 +145,24 @@ def check_nadam_state(name: str, state: Any) -> None:
             raise ValueError(_SPLIT.format(name=name, shape=x.shape, axes=", ".join(sorted(map(repr, axes)))))
 
 
-def _check_moments(name: str, field: str, tree: Any, like: Any, kind: type, codes_dtype: DTypeLike) -> None:
+def _check_scalars(name: str, state: NadamState) -> None:
+    """Rejects a count or a product of the momenta that was cast."""
+    for field, kind in (("count", jnp.integer), ("mu_product", (jnp.float32, jnp.float64))):
+        (x,) = jax.tree.leaves(getattr(state, field))
+        if not (jnp.issubdtype(x.dtype, kind) if isinstance(kind, type) else x.dtype in kind):
+            wanted = "an integer" if field == "count" else "float32 or float64"
+            raise ValueError(_APART.format(name=name, leaf=field, got=x.dtype, wanted=wanted))
+
+
+def _check_moments(
+    name: str, field: str, tree: Any, like: Any, dtypes: tuple[DTypeLike, ...], codes_dtype: DTypeLike
+) -> None:
     """Rejects moments that are neither numbers nor codes, or of another shape than those in ``like``."""
     for index, (x, other) in enumerate(zip(jax.tree.leaves(tree), jax.tree.leaves(like), strict=True)):
-        if x.shape != other.shape or not (x.dtype == codes_dtype or jnp.issubdtype(x.dtype, kind)):
+        if x.shape != other.shape or x.dtype not in (*dtypes, codes_dtype):
             leaf = validation.place(field, tree, index)
-            wanted = f"{kind.__name__} numbers or {jnp.dtype(codes_dtype)} codes, {other.shape}"
+            known = ", ".join(str(jnp.dtype(dtype)) for dtype in (*dtypes, codes_dtype))
+            wanted = f"an array of shape {other.shape} and one of the dtypes {known}"
             raise ValueError(_APART.format(name=name, leaf=leaf, got=f"{x.dtype}, {x.shape}", wanted=wanted))
 
 

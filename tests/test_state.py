@@ -24,6 +24,7 @@ from optax_nadam import (
     nadam,
     nadamw,
     scale_by_nadam,
+    set_state,
 )
 from optax_nadam._rounding import RandomBits
 from optax_nadam._tree import map_nodes, nodes_of
@@ -72,6 +73,7 @@ def test_same_format(rng, dtype, bits, monkeypatch):
     state = a_state(rng, dtype)
     monkeypatch.setattr(RandomBits, "draw", lambda self, shape: jnp.full(shape, bits, jnp.uint32))
     chex.assert_trees_all_equal(convert_moments(state, m_dtype=dtype, v_dtype=dtype), state)
+    chex.assert_trees_all_equal(set_state(state, state), state)
 
 
 def test_convert_by_leaf(rng):
@@ -168,14 +170,12 @@ def cast(tree, dtype):
 # What is changed in an 8-bit state of two leaves, and what the error says of it.
 WRONG: list[tuple[Callable[[Any], Any], str]] = [
     (lambda s: s._replace(v={"w": s.v["w"]}), "v of the state that {} got differ in structure|missing ['b']"),
-    (lambda s: s._replace(v=s.v | {"b": jnp.ones(3)}), "v['b'] is float32, (3,) in place of floating |uint8 |, (7,)."),
-    (
-        lambda s: s._replace(m=s.v, v=s.m),
-        "m['w'] is uint8, (32, 64) in place of inexact numbers or int8 codes, (32, 64)",
-    ),
-    (lambda s: s._replace(v=s.m), "v['w'] is int8, (32, 64) in place of floating numbers or uint8 codes"),
-    (lambda s: cast(s, jnp.int32), "{} got a state in which m['b'] is int32, (7,) in place|in its own dtypes"),
-    (lambda s: cast(s, jnp.bfloat16), "scales is 4 arrays in place of 0, two for each|convert_moments."),
+    (lambda s: s._replace(v=s.v | {"b": jnp.ones(3)}), "v['b'] is float32, (3,) in place of an array of shape (7,)"),
+    (lambda s: s._replace(m=s.v, v=s.m), "m['w'] is uint8, (32, 64) in place of |complex128, int8."),
+    (lambda s: s._replace(v=s.m), "v['w'] is int8, (32, 64) in place of |float64, uint8."),
+    (lambda s: s._replace(m=cast(s.m, jnp.float16)), "m['b'] is float16, (7,) in place of |float32, bfloat16, float64"),
+    (lambda s: cast(s, jnp.int32), "{} got a state in which mu_product is int32 in place of float32|its own dtypes"),
+    (lambda s: cast(s, jnp.bfloat16), "count is bfloat16 in place of an integer|convert_moments."),
     (lambda s: ScaleByNadamState(*s[:4]), "scales is 0 arrays in place of 4, two for each leaf of codes"),
     (lambda s: s._replace(scales=s.scales[1:]), "scales is 3 arrays in place of 4"),
     (lambda s: s._replace(scales=(s.scales[0],) * 4), "scales[1] is float32, (32,) in place of float32, (64,)"),

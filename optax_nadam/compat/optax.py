@@ -34,6 +34,7 @@ _OPTIMIZERS = ("nadam", "nadamw", "adam", "adamw")
 _SHARED = ("learning_rate", "b1", "b2", "eps", "eps_root")
 _EXPRESSIBLE = (*_SHARED, "rule", "weight_decay", "m_dtype")
 _OTHER_RULE = "Optax follows 'constant' (nadamw) and 'adam' (adamw): pass dataclasses.replace(config, rule='constant')."
+_ONE_FORMAT = "It has one dtype for all leaves: pass dataclasses.replace(config, m_dtype=None)."
 _NO_8_BITS = "It has no 8-bit format: pass dataclasses.replace(config, m_dtype='bfloat16')."
 
 _FIELDS = optax.ScaleByAdamState._fields  # count, mu, nu
@@ -252,6 +253,8 @@ def _check_config(config: NadamConfig) -> None:
     check_expressible(config, "optax.nadamw", _EXPRESSIBLE)
     if rule_of(config) not in (RULES["constant"], RULES["adam"]):
         raise cannot_express("optax.nadamw", "rule", config.rule, _OTHER_RULE)
+    if isinstance(config.m_dtype, dict | list):
+        raise cannot_express("optax.nadamw", "m_dtype", config.m_dtype, _ONE_FORMAT)
     if config.m_dtype == "int8":
         raise cannot_express("optax.nadamw", "m_dtype", config.m_dtype, _NO_8_BITS)
 

@@ -89,6 +89,7 @@ OPTIMIZERS = {
     "64 bits": PLAIN,
     "bfloat16": nadamw(0.1, m_dtype="bfloat16", v_dtype="bfloat16"),
     "int8": nadamw(0.1, **INT8),
+    "int8 without codes": nadamw(0.1, m_dtype=lambda path: None, v_dtype=lambda path: None),
     "int8 and compensated": compensated(nadamw(0.1, **INT8)),
 }
 OF_32_BITS = [name for name in OPTIMIZERS if name != "64 bits"]

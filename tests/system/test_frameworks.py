@@ -280,7 +280,9 @@ def test_haliax():
 
 
 @pytest.mark.parametrize(
-    "formats", [BYTES, {"m_dtype": {"kernel": "int8", "bias": None}}, {"v_dtype": lambda path: None}], ids=str
+    "formats",
+    [BYTES, {"m_dtype": {"kernel": "int8", "bias": None}}, {"v_dtype": lambda path: None}],
+    ids=["one", "tree", "function"],
 )
 def test_map_params(formats):
     tx = optax_nadam.nadamw(1e-2, **formats)
