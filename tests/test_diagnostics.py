@@ -168,7 +168,7 @@ def test_another_config(rng):
     with pytest.raises(ValueError, match=r"config is not that of this run: after 6 steps the product of its momenta"):
         scalars(state, NadamConfig(b1=0.5))
     with pytest.raises(TypeError, match="config must be the NadamConfig of the run, got GradientTransf"):
-        scalars(state, nadam(b1=0.9))  # type: ignore[arg-type]  # what is tested
+        scalars(state, nadam(b1=0.9))
 
 
 def test_eight_devices(rng):

@@ -16,7 +16,7 @@ from benchmarks.host_memory import Case, cases, compiled_step, host_copies, row
 OPTIMIZERS = {case.moments: (case.tx, case.weights) for case in cases("gpu")}
 HOST_BYTES = {"float32": 8, "bfloat16": 4, "int8": 2, "int8, compensated": 3}
 TRAFFIC = {"float32": 28, "bfloat16": 20, "int8": 22, "int8, compensated": 16}  # with the state on the chip
-MORE = {("tpu", "float32"): 16, ("tpu", "int8, compensated"): 6}  # split fusions
+MORE: dict[tuple[str, str], float] = {("tpu", "float32"): 16, ("tpu", "int8, compensated"): 6}  # split fusions
 MORE |= {("gpu", "int8"): 6.51, ("gpu", "int8, compensated"): 4.51}  # maxima of columns
 TEMPORARIES = {"float32": 16, "bfloat16": 8, "int8": 4, "int8, compensated": 6.03}
 MANY = {f"w{k}": (2048, 2048) for k in range(8)}
