@@ -34,14 +34,9 @@ CURVES = {
 
 
 class Moment(NamedTuple):
-    r"""A moment of a leaf as it is stored: an array of its shape, which may hold codes, and the scales of the codes.
+    """A moment of a leaf as it is stored: an array of its shape, and the scales of its codes if it holds codes.
 
-    .. math:: x_{ij} = \operatorname{sign}(k_{ij})\, (|k_{ij}| / K)^p \min(r_i, c_j)
-
-    The codes :math:`k` of a first moment are signed, with :math:`K = 127, p = 2`; those of a second moment are not,
-    with :math:`K = 254, p = 4`. So both ``m`` and the root of ``v`` resolve small values beside large ones. The row
-    scale :math:`r_i` is the largest magnitude along the last axis, the column scale :math:`c_j` that along the longest
-    other axis; all further axes are batch. A vector has one scale for every 128 elements.
+    What codes stand for is at ``QuantizedNadamState``. Moments are in lists only, in no tree.
 
     Attributes:
       array: the numbers, of any dtype, or codes, int8 or uint8.
