@@ -19,7 +19,16 @@ import jax
 
 RESULTS = Path(__file__).parent / "results"
 Rows = list[list[Any]]
-FIRST = ("step_time", "precision", "memory_formats", "eight_bits", "memory_quality", "options", "tracing", "convergence")
+FIRST = (
+    "step_time",
+    "precision",
+    "memory_formats",
+    "eight_bits",
+    "memory_quality",
+    "options",
+    "tracing",
+    "convergence",
+)
 SHORT = 15  # rows of a table that is not folded
 PACKAGES = ("optax_nadam", "jax", "jaxlib", "optax", "numpy")
 HOW = """\

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 import optax_nadam
@@ -55,9 +55,9 @@ PLACES_NOTE = """\
 Each cell was tried, with the versions above; errors are quoted to their first sentence. `flash_adamw` beside
 `compensated(nadamw(rule="adam", m_dtype="int8", v_dtype="int8"))`, bfloat16 leaves unless stated. Compiled: ahead of
 time, with no such chip present, and not run. Interpreted: by JAX on the processor, which shows what the kernel
-computes and not that it compiles; the `TypeError` under "split" is of the interpreter. Errors are of the first step,
-relative to its length; 8-bit moments and 24-bit weights alone make some 1e-3. Split: leaves, moments and scales, along
-their first axis. In place: results that take the memory of a donated argument."""
+computes and not that it compiles. Errors are of the first step, relative to its length; 8-bit moments and 24-bit
+weights alone make some 1e-3. Split: leaves, moments and scales, along their first axis, also our scales of columns,
+which our own `init` leaves whole. In place: results that take the memory of a donated argument."""
 TRAFFIC_QUESTION = "How much memory traffic has a step of FlashOptim's port to JAX, and of ours, on an H100?"
 TRAFFIC_COLUMNS = ["leaves", "gradients", "optimizer", "traffic a parameter", "temporaries"]
 TRAFFIC_NOTE = """\
@@ -249,7 +249,7 @@ def compiled_for(target: str, chips: int, contender: Contender) -> str:
 
 def split_here(contender: Contender) -> str:
     """A step on four virtual devices, beside the same step on one."""
-    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
     whole = leaf(), contender.tx.init(leaf()), leaf()
 
     def place(x: jax.Array) -> jax.Array:
