@@ -88,11 +88,16 @@ IN_NNX: dict[str, Any] = {
 }
 
 
-OF_PAIRS = ("complex as two real leaves", "accumulation")
-OLD = pytest.mark.xfail(FLAX < (0, 12, 2), reason="fails on records in variables", raises=TypeError, strict=True)
+OLD = pytest.mark.xfail(
+    FLAX < (0, 12, 2),
+    reason="Flax had no as_pure, failed on records in variables and did not split what has metadata",
+    raises=(AttributeError, TypeError, AssertionError),
+    strict=True,
+)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=OLD) if name in OF_PAIRS else name for name in IN_NNX])
+@OLD
+@pytest.mark.parametrize("name", IN_NNX)
 def test_flax_nnx(name):
     """Flax nnx makes mappings of the records in its variables, their fields sorted by name."""
     tx, model = IN_NNX[name], Net(jnp.bfloat16 if name == "compensated" else jnp.float32)
@@ -120,6 +125,7 @@ def test_flax_nnx(name):
         chex.assert_trees_all_equal(by_name(inside), by_name(expected))
 
 
+@OLD
 @pytest.mark.parametrize("remainder_dtype", ["int8", None])
 def test_nnx_states(remainder_dtype):
     """As they are in an ``nnx.Optimizer``; what comes back has the same form, and the same numbers where it should."""
@@ -220,6 +226,7 @@ class Partitioned(Linear):
         self.bias = nnx.Param(nnx.with_partitioning(bias, ("model",))(jax.random.key(0), (128,)))
 
 
+@OLD
 @axis_types
 def test_nnx_metadata(axes):
     """Compiled once, also ahead of time, with the scales split as their axis."""
@@ -274,7 +281,8 @@ def test_linen_boxes(axes):
 def test_haliax():
     """Arrays with named axes, initialised and updated under ``named_jit``."""
     data, model = hax.Axis("data", 64), hax.Axis("model", 128)
-    with set_mesh(mesh_of(AxisType.Auto)):
+    mesh = mesh_of(AxisType.Auto)
+    with set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
         params = {"kernel": hax.ones((data, model)), "bias": hax.ones(model)}
         state = hax.named_jit(TX.init, axis_resources=AXES)(params)
         updates, state = hax.named_jit(TX.update, axis_resources=AXES)(params, state, params)
