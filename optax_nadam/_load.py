@@ -162,11 +162,15 @@ def set_state(opt_state: Any, state: Any) -> Any:
 def _with_codes_of(found: NadamState, new: NadamState) -> NadamState:
     """The new state with the codes of the one that it was made of, where both have codes: rounded once, not twice."""
 
+    def copied(x: Any, like: jax.Array) -> jax.Array:
+        # A copy, of NumPy's arrays too: the result may be donated, and what it was made of used again.
+        return placed_like(jnp.array(in_device_memory(x)), like)
+
     def kept(tree: Any, moments: list[Moment], new_tree: Any, new_moments: list[Moment]) -> list[Moment]:
         numbered = jax.tree.unflatten(jax.tree.structure(tree), range(len(moments)))
         order = jax.tree.leaves(by_names_of(new_tree, numbered))
         pairs = [(moments[i], like) for i, like in zip(order, new_moments, strict=True)]
-        return [jax.tree.map(placed_like, x, like) if x.scales and like.scales else like for x, like in pairs]
+        return [jax.tree.map(copied, x, like) if x.scales and like.scales else like for x, like in pairs]
 
     (m, v), (new_m, new_v) = moments_of(found), moments_of(new)
     return with_moments(new, kept(found.m, m, new.m, new_m), kept(found.v, v, new.v, new_v))

@@ -63,6 +63,19 @@ def as_restored(tree: Any, sequence: Callable[[list[Any]], Any]) -> Any:
 SEQUENCES: dict[str, Any] = {"lists": list, "dicts": lambda children: {str(i): x for i, x in enumerate(children)}}
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_set_state_copies(params, dtype):
+    """What is donated afterwards is not the state that it was made of, and arrays of NumPy become JAX's."""
+    tx = nadam(m_dtype=dtype, v_dtype=dtype)
+    state, fresh = stepped(tx, params), tx.init(params)
+    for source in (state, jax.device_get(state)):
+        loaded = set_state(fresh, source)
+        for x in jax.tree.leaves(loaded):
+            assert isinstance(x, jax.Array)
+            x.delete()
+    chex.assert_trees_all_equal(state, jax.device_get(state))
+
+
 @pytest.mark.parametrize("to", FORMATS)
 @pytest.mark.parametrize("of", FORMATS)
 def test_set_state(params, of, to):
