@@ -210,6 +210,11 @@ def put_counters(opt_state: Any, count: int) -> Any:
     return map_nodes(lambda node: _replaced(node, **{counters[type(node)]: count}), opt_state, tuple(counters))
 
 
+def has_schedule(opt_state: Any) -> bool:
+    """Whether the learning rate of the optimizer is a schedule, or can be set from outside."""
+    return any(True for _ in nodes_of(opt_state, (*INJECTED, optax.ScaleByScheduleState)))
+
+
 @functools.cache
 def _counters() -> dict[type, str]:
     """The states of Optax that count steps, most of them to look something up in a schedule, and the field that counts.

@@ -345,7 +345,7 @@ def per_epoch(schedule: ScheduleConfig, steps_per_epoch: float) -> optax.Schedul
     """A schedule as a function of the epochs ended so far."""
     validation.parse_positive_int("steps_per_epoch", steps_per_epoch)
     of_epochs = schedule.build()
-    return lambda count: of_epochs(count // steps_per_epoch)
+    return lambda count: of_epochs(jnp.asarray(count) // steps_per_epoch)
 
 
 SCHEDULES: dict[str, Callable[..., optax.Schedule]] = {

@@ -1,77 +1,23 @@
-"""What the frameworks share: names translated, configs built, and the one way of a checkpoint.
-
-A checkpoint is read into a :class:`Checkpoint` by the framework's own module, its moments become trees like the params
-by the user's ``to_params``, and :func:`load` puts them into the optimizer state. Nothing here computes.
-"""
+"""What the frameworks share: names translated, configs built. Nothing here computes."""
 
 import contextlib
 import dataclasses
 import numbers
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
-from optax_nadam._config import NadamConfig, product_after
-from optax_nadam._load import put_counters, put_state
+from optax_nadam._config import NadamConfig
 from optax_nadam._rules import Rule, parse_rule
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam._state import ScaleByNadamState, convert_moments, get_state
 
-_NO_CONFIG = (
-    "config is needed: {source} stores no product of the momenta and no hyperparameters from which it could be"
-    " computed. Pass config=, the NadamConfig of the optimizer that continues."
-)
 _LEAVE_OUT = "Leave it out, or do it around the optimizer: pass dataclasses.replace(config, {name}={default!r})."
 # Where the other side takes a schedule as a function.
 SCHEDULE = "Pass config.learning_rate.build() to it, and here pass dataclasses.replace(config, learning_rate=1.0)."
-
-
-class Checkpoint(NamedTuple):
-    """What an optimizer of another framework stores, as read from its checkpoint.
-
-    Attributes:
-      source: what wrote it, for the texts of errors.
-      count: steps taken.
-      product: the product of the momenta, or None where it is not stored.
-      m: first moments, as ``to_params`` takes weights: by name, or in order, or as a tree.
-      v: second moments, likewise.
-      config: the hyperparameters, as far as the checkpoint has them; otherwise None.
-    """
-
-    source: str
-    count: int  # type: ignore[assignment]  # hides tuple.count
-    product: float | None
-    m: Any
-    v: Any
-    config: NadamConfig | None = None
-
-    def mapped(self, to_params: Callable[[Any], Any]) -> "Checkpoint":
-        """The checkpoint with moments in trees like the params."""
-        return self._replace(m=to_params(self.m), v=to_params(self.v))
-
-
-def load(opt_state: Any, found: Checkpoint, config: NadamConfig | None) -> Any:
-    """The optimizer state that continues from a checkpoint whose moments are trees like the params.
-
-    Raises:
-      ValueError: the product of the momenta is not stored and there are no hyperparameters; the moments do not fit.
-      TypeError: a moment is not an array of numbers.
-    """
-    return put_counters(load_nadam(opt_state, found, config), found.count)
-
-
-def load_nadam(opt_state: Any, found: Checkpoint, config: NadamConfig | None) -> Any:
-    """As :func:`load`, but with the counters of schedules as they are."""
-    product = found.product
-    if product is None:
-        config = config or found.config
-        if config is None:
-            raise ValueError(_NO_CONFIG.format(source=found.source))
-        product = product_after(found.count, config)
-    return put_state(opt_state, count=found.count, mu_product=product, m=found.m, v=found.v)
 
 
 def get_numbers(opt_state: Any) -> ScaleByNadamState:

@@ -115,7 +115,9 @@ def _read_orbax(path: str) -> Stored:
 
 
 def _read_file(path: str) -> Stored:
-    """A ``.h5``, ``.weights.h5`` or ``.keras`` file."""
+    """A ``.h5``, ``.weights.h5``, ``.weights.json`` or ``.keras`` file."""
+    if path.endswith(".json"):
+        return _read_shards(path)
     if zipfile.is_zipfile(path):
         return _read_archive(path)
     with _import("h5py").File(path, "r") as file:
@@ -159,13 +161,30 @@ def _read_archive(path: str) -> Stored:
     return stored._replace(config=config, dialects=["tf_keras" if major < 3 else "keras"])
 
 
+def _read_shards(path: str) -> Stored:
+    """The files that ``save_weights(..., max_shard_size=)`` wrote, of which a ``.weights.json`` tells."""
+    with open(path) as file:
+        shards = json.load(file)["weight_map"].get("/optimizer/vars", [])
+    arrays: dict[str, np.ndarray] = {}
+    for shard in [shards] if isinstance(shards, str) else shards:
+        with _import("h5py").File(os.path.join(os.path.dirname(path), shard), "r") as file:
+            arrays |= {name: np.asarray(x) for name, x in file["optimizer/vars"].items()}
+    return _numbered(arrays, path)
+
+
 def _read_numbers(file: Any, path: str) -> Stored:
     """A file that numbers the optimizer's arrays."""
-    arrays = file.get("optimizer/vars")
+    return _numbered({name: np.asarray(x) for name, x in (file.get("optimizer/vars") or {}).items()}, path)
+
+
+def _numbered(arrays: Mapping[str, np.ndarray], path: str) -> Stored:
+    """Arrays in the order of the numbers that they have for names."""
     if not arrays:
         raise ValueError(_NO_STATE.format(path=path))
-    numbers = sorted(arrays, key=int)
-    return Stored([np.asarray(arrays[i]) for i in numbers], [None] * len(numbers), dialects=["keras", "tf_keras"])
+    if missing := set(map(str, range(len(arrays)))) - set(arrays):
+        raise ValueError(f"{path} lacks the optimizer's arrays {', '.join(sorted(missing))}: it is not complete.")
+    in_order = [arrays[name] for name in sorted(arrays, key=int)]
+    return Stored(in_order, [None] * len(in_order), dialects=["keras", "tf_keras"])
 
 
 def _read_names(file: Any) -> Stored:

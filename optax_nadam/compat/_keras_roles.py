@@ -1,4 +1,4 @@
-"""Which array of a Keras optimizer is what, by names or else by shapes, and the checkpoint that they make.
+"""Which array of a Keras optimizer is what, by names or else by shapes.
 
 The names of all versions are known, and their layouts. Exactly one layout must fit the shapes.
 """
@@ -6,14 +6,10 @@ The names of all versions are known, and their layouts. Exactly one layout must 
 import collections
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from optax_nadam import _validation as validation
-from optax_nadam._config import NadamConfig, product_after
-from optax_nadam.compat._common import Checkpoint, rule_of
+from optax_nadam.compat._account import listed
 from optax_nadam.compat._keras_read import Stored
 
 _NO_FIT = (
@@ -33,40 +29,22 @@ _NO_WEIGHT = (
     " checkpoint: for Keras 3, model.get_state_tree()."
 )
 _TWO_OPTIMIZERS = (
-    "source has more than one optimizer: {role} may be {names}. Pass a mapping with the names of one optimizer and of"
-    " its weights."
+    "source has more than one optimizer: {role} may be {names}. Pass what belongs to one of them, and load it into the"
+    " state of the leaves that it updates: of a MultiOptimizer optimizer.optimizers[0].variables, of a mapping the names"
+    " of one optimizer and of its weights."
 )
-_ACCUMULATED = (
-    "config is needed: the checkpoint holds accumulated gradients or averages. Pass"
-    " config=config_from(optimizer.get_config())."
+_OTHER_CLASS = (
+    "source is not of a Nadam: {reason}. Only Nadams are read; a LossScaleOptimizer's own variables, not those of its"
+    " inner optimizer."
 )
-_IN_THE_MIDDLE = (
-    "the checkpoint was saved after {gradients} gradients, in the middle of accumulating {steps} for a step; save it"
-    " after a multiple of {steps}."
+_NO_ROLE = (
+    "source has {names}, which are no part of a Nadam of {dialect}. Pass the variables of the optimizer, all of them and"
+    " nothing else."
 )
-_NO_BETA = (
-    "config is needed: tf.contrib's Nadam stores its steps as a power of beta1, and no hyperparameters. Pass config=,"
-    " a NadamConfig with rule='eps_hat'."
+_SHARED_NAMES = (
+    "source has other weights under the names of {names}, and the optimizer's order is not that of the model, so that"
+    " nothing tells which is which. Pass the list optimizer.variables (legacy: optimizer.get_weights()) instead."
 )
-_NO_POWER = "the checkpoint's beta1_power={power!r} is not a power of config.b1={b1!r}."
-_NO_STEP = "the checkpoint's beta1_power has vanished and it has no global_step, so that its steps are not known."
-_COMPUTED = (
-    "the checkpoint stores no product of the momenta; it was computed from {count} steps, b1={config.b1} and"
-    " momentum_decay={config.momentum_decay}, which must be those of the whole run.{aside}"
-)
-_IN_FIT = (
-    " tf_keras inside fit() multiplies it about once per variable and step: a run is continued exactly only after some"
-    " tens of steps, when the product has vanished there and here."
-)
-_LOSS_SCALED = (
-    "the checkpoint is that of a LossScaleOptimizer. Under JAX, Keras 3 loses the product of the momenta at every step"
-    " there, which is rule='loss_scaled'; with config.rule={rule!r} the steps are shorter from now on."
-)
-_OTHER_LEARNING_RATE = (
-    "the checkpoint's learning rate is {theirs!r}, the config's {ours!r}; the optimizer continues with its own."
-)
-_VANISHED = 1e-30
-_SMALL = 1e-6  # a smaller product P changes no step by as much: the step depends on 1 - P
 
 
 class Roles(NamedTuple):
@@ -100,25 +78,40 @@ class _Names(NamedTuple):
     product: str = r"(?!)"
     learning_rate: str = r"(?!)"
     accumulator: str = r"(?!)"
+    others: str = r"(?!)"  # of a wrapper, and averages of the weights
+    has_product: bool = True  # a Nadam stores its product; Keras 3 loses it in a LossScaleOptimizer
 
 
 _S, _W, _RATE = "(.*/)?", "(?P<weight>.*)", "(.*/)?learning_rate"
 _SLOT_M, _SLOT_V = (rf"{_W}/\.OPTIMIZER_SLOT/.*/{x}" for x in "mv")
 _M_I, _V_I = (rf"{_S}{x}_(?P<weight>\d+):0" for x in "mv")
 _VARIABLE, _ACCUMULATOR = rf"{_S}variable(_\d+)?", r".*_gradient_accumulator"
+_WRAPPER = rf"{_S}(step_counter|dynamic_scale)"
+_AVERAGE = r".*_average"
 
 _NAMES = (
     _Names("legacy", f"{_S}iter:0", f"{_W}/m:0", f"{_W}/v:0", f"{_S}momentum_cache:0"),
     _Names("legacy", f"{_S}iterations:0", _M_I, _V_I, f"{_S}m_schedule:0"),
-    _Names("tf_keras", f"{_S}iteration:0", f"([^/]*/)?m/{_W}:0", f"([^/]*/)?v/{_W}:0"),
-    _Names("keras", f"{_S}iteration", f"{_W}_momentum", f"{_W}_velocity", _VARIABLE, _RATE, _ACCUMULATOR),
+    _Names("tf_keras", f"{_S}iteration:0", f"([^/]*/)?m/{_W}:0", f"([^/]*/)?v/{_W}:0", has_product=False),
+    _Names(
+        "keras",
+        f"{_S}iteration",
+        f"{_W}_momentum",
+        f"{_W}_velocity",
+        _VARIABLE,
+        _RATE,
+        _ACCUMULATOR,
+        f"{_WRAPPER}|{_AVERAGE}",
+    ),
     # The object graph of TensorFlow 2, in which the moments of tf_keras were renamed.
     _Names("tf_keras", f"{_S}_iterations", _SLOT_M, _SLOT_V, f"{_S}_u_product", f"{_S}_learning_rate"),
     _Names("legacy", f"{_S}iter", _SLOT_M, _SLOT_V, f"{_S}momentum_cache", _RATE),
     # The Savers of TensorFlow 1: tf.keras' Nadam, and tf.contrib's, which counts by a power of beta1.
     _Names("legacy", f"{_S}iter", f"{_W}/m", f"{_W}/v", f"{_S}momentum_cache", _RATE),
-    _Names("legacy", f"{_S}beta1_power", f"{_W}/N?[aA]dam", f"{_W}/N?[aA]dam_1"),
+    _Names("legacy", f"{_S}beta1_power", f"{_W}/N?[aA]dam", f"{_W}/N?[aA]dam_1", has_product=False),
 )
+# Names of Keras' other optimizers, which begin the names of their variables.
+OTHERS = "adadelta adafactor adagrad adam adamax adamw ftrl lamb lion loss_scale muon rmsprop sgd".split()
 
 
 def by_names(stored: Stored) -> Roles | None:
@@ -134,22 +127,47 @@ def by_names(stored: Stored) -> Roles | None:
 
 def _named(names: _Names, stored: Stored) -> Roles | None:
     """Which array is what, if the names are those of this dialect."""
-    found = {role: _matching(getattr(names, role), stored.names) for role in _Names._fields[1:]}
+    patterns = _Names._fields[1:-1]
+    found = {role: _matching(getattr(names, role), stored.names) for role in patterns}
     m, v = found["m"], found["v"]
     if not (found["iterations"] and m and m.keys() == v.keys()):
         return None
     scope = _scope(stored.names[next(iter(m.values()))])
-    iterations, product, learning_rate = (
-        _scalar(role, list(found[role].values()), scope, stored) for role in ("iterations", "product", "learning_rate")
-    )
-    assert iterations is not None  # checked above
-    places = _in_order(list(m), stored)
-    m_indices, v_indices = (tuple(moment[weight] for weight in places) for moment in (m, v))
-    weights = tuple(place for place in places.values() if place is not None)
-    known = weights if len(weights) == len(places) else None
+    is_wrapped = any(re.fullmatch(_WRAPPER, str(name)) for name in stored.names)
+    scalars = {
+        role: _scalar(role, list(found[role].values()), scope, stored, is_wrapped)
+        for role in ("iterations", "product", "learning_rate")
+    }
+    if names.has_product and scalars["product"] is None and not is_wrapped:
+        raise ValueError(_OTHER_CLASS.format(reason="it has no product of the momenta"))
+    if stored.keys is None:
+        _check_class(scope)
+        _check_roles(names, stored, [i for role in patterns for i in found[role].values()])
+    assert scalars["iterations"] is not None  # checked above
+    m_indices, v_indices, weights = _in_order(m, v, stored)
     return Roles(
-        names.dialect, iterations, product, learning_rate, m_indices, v_indices, known, bool(found["accumulator"])
+        names.dialect,
+        scalars["iterations"],
+        scalars["product"],
+        scalars["learning_rate"],
+        m_indices,
+        v_indices,
+        weights,
+        bool(found["accumulator"]),
     )
+
+
+def _check_class(scope: str) -> None:
+    """Rejects the variables of another optimizer, whose names begin with its own."""
+    if re.sub(r"_\d+$", "", scope.partition("/")[0]).lower() in OTHERS:
+        raise ValueError(_OTHER_CLASS.format(reason=f"its names begin with {scope!r}"))
+
+
+def _check_roles(names: _Names, stored: Stored, known: Collection[int]) -> None:
+    """Rejects a list with arrays that have no role."""
+    rest = [name for i, name in enumerate(stored.names) if i not in known]
+    if rest:
+        raise ValueError(_NO_ROLE.format(names=listed(rest), dialect=names.dialect))
 
 
 def _scope(name: str | None) -> str:
@@ -157,15 +175,13 @@ def _scope(name: str | None) -> str:
     return str(name).rpartition("/")[0]
 
 
-def _scalar(role: str, fitting: Sequence[int], scope: str, stored: Stored) -> int | None:
-    """The optimizer's own among arrays whose names fit a role: the one in the scope of the moments, or the last.
-
-    The others are those of a wrapper around the optimizer, which come first in a list.
-    """
-    fitting = [i for i in fitting if _scope(stored.names[i]) == scope] or fitting
-    if stored.keys is not None and len(fitting) > 1:
+def _scalar(role: str, fitting: Sequence[int], scope: str, stored: Stored, is_wrapped: bool) -> int | None:
+    """The optimizer's own among arrays whose names fit a role; a wrapper's own come first, in another scope."""
+    if is_wrapped:
+        fitting = [i for i in fitting if _scope(stored.names[i]) == scope] or fitting[-1:]
+    if len(fitting) > 1:
         raise ValueError(_TWO_OPTIMIZERS.format(role=role, names=", ".join(repr(stored.names[i]) for i in fitting)))
-    return fitting[-1] if fitting else None
+    return fitting[0] if fitting else None
 
 
 _Weight = tuple[str, int]  # a weight's name, and the number of weights of that name before it
@@ -183,24 +199,55 @@ def _matching(pattern: str, names: Sequence[Any]) -> dict[_Weight, int]:
     return found
 
 
-def _in_order(found: Sequence[_Weight], stored: Stored) -> dict[_Weight, int | None]:
-    """Weights with their places among the model's: in the model's order where it is known, else as found."""
+def _in_order(
+    m: Mapping[_Weight, int], v: Mapping[_Weight, int], stored: Stored
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...] | None]:
+    """The moments in the model's order where that is known, else as found, and the indices of their weights."""
     known: dict[str, list[int]] = {}
     for index, name in enumerate(stored.weights):
         known.setdefault(name, []).append(index)
-    places = {weight: _place(*weight, known) for weight in found}
-    unknown = [name for (name, _), place in places.items() if place is None]
+    places = {weight: _places(weight[0], known) for weight in m}
+    unknown = [name for (name, _), found in places.items() if not found]
     if stored.keys is not None and unknown:
         raise ValueError(_NO_WEIGHT.format(name=unknown[0]))
-    return places if unknown else dict(sorted(places.items(), key=lambda item: item[1] or 0))
+    if unknown:
+        return tuple(m.values()), tuple(v[weight] for weight in m), None
+    if all(len(found) == 1 for found in places.values()):
+        order = sorted(m, key=lambda weight: places[weight][0])
+        weights: tuple[int, ...] | None = tuple(places[weight][0] for weight in order)
+    else:
+        order, weights = list(m), _increasing(places)
+    return tuple(m[weight] for weight in order), tuple(v[weight] for weight in order), weights
 
 
-def _place(name: str, occurrence: int, known: Mapping[str, Sequence[int]]) -> int | None:
-    """The place of a weight: of the model's names that end the optimizer's name for it, the longest counts."""
+def _places(name: str, known: Mapping[str, Sequence[int]]) -> Sequence[int]:
+    """Where a weight may be: of the model's names that end the optimizer's name for it, the longest counts."""
     parts = name.split("/")
     endings = ("/".join(parts[i:]) for i in range(len(parts)))
-    places = next((known[ending] for ending in endings if ending in known), ())
-    return places[occurrence] if occurrence < len(places) else None
+    return next((known[ending] for ending in endings if ending in known), ())
+
+
+def _increasing(places: Mapping[_Weight, Sequence[int]]) -> tuple[int, ...] | None:
+    """The places of weights whose names others share, in the stored order; None where there is more than one way.
+
+    Raises:
+      ValueError: there is none, so that the stored order is not the model's.
+    """
+    first, last = _chosen(places.values()), _chosen([-i for i in x] for x in reversed(places.values()))
+    if first is None or last is None:
+        raise ValueError(_SHARED_NAMES.format(names=listed(list(dict.fromkeys(name for name, _ in places)))))
+    return first if first == tuple(-i for i in reversed(last)) else None
+
+
+def _chosen(places: Iterable[Sequence[int]]) -> tuple[int, ...] | None:
+    """The smallest of each that is above the one before, if there is one."""
+    chosen: list[int] = []
+    for options in places:
+        above = [i for i in options if not chosen or i > chosen[-1]]
+        if not above:
+            return None
+        chosen.append(min(above))
+    return tuple(chosen)
 
 
 # By shapes.
@@ -281,83 +328,3 @@ def _letters(order: str, extras: int, count: int) -> str:
         return ""
     order = order.replace("x*", "x" * extras * weights)
     return re.sub(r"(\w+)\*", lambda repeated: repeated[1] * weights, order).replace(" ", "")
-
-
-# The checkpoint.
-
-
-def checkpoint_of(stored: Stored, roles: Roles, config: NadamConfig | None) -> Checkpoint:
-    """The checkpoint that the arrays make. Warns of what it lacks, and of what differs from the config."""
-    count = _steps(_iterations(stored, roles, config), roles.accumulates, config)
-    product, learning_rate = (
-        None if i is None else stored.arrays[i].item() for i in (roles.product, roles.learning_rate)
-    )
-    m, v = (as_weights(stored, roles, [stored.arrays[i] for i in moment]) for moment in (roles.m, roles.v))
-    if config is not None and product is None:
-        _warn_of_product(roles.dialect, count, config)
-    if config is not None and learning_rate is not None:
-        _warn_of_learning_rate(learning_rate, config.learning_rate)
-    return Checkpoint("this Keras checkpoint", count, product, m, v, config)
-
-
-def as_weights(stored: Stored, roles: Roles, arrays: list[np.ndarray]) -> Any:
-    """Arrays, one for each weight, in the form that ``to_params`` gets: by name, or in order."""
-    if stored.keys is None or roles.weights is None:
-        return arrays
-    return {stored.keys[i]: array for i, array in zip(roles.weights, arrays, strict=True)}
-
-
-def _iterations(stored: Stored, roles: Roles, config: NadamConfig | None) -> int:
-    """The number of gradients seen. tf.contrib's is a power of beta1, or global_step once the power has vanished."""
-    value = stored.arrays[roles.iterations].item()
-    if not str(stored.names[roles.iterations]).endswith("beta1_power"):
-        return as_count(value)
-    if config is None:
-        raise ValueError(_NO_BETA)
-    if value < _VANISHED:
-        if "global_step" not in stored.names:
-            raise ValueError(_NO_STEP)
-        return as_count(stored.arrays[stored.names.index("global_step")].item())
-    count = math.log(value) / math.log(config.b1) - 1 if config.b1 else 0.5
-    if abs(count - round(count)) > 0.1:
-        raise ValueError(_NO_POWER.format(power=value, b1=config.b1))
-    return as_count(round(count))
-
-
-def as_count(iterations: Any) -> int:
-    """A number of iterations as an integer."""
-    if iterations < 0 or iterations != int(iterations):
-        raise ValueError(f"the number of iterations must be whole and not negative, got {iterations!r}.")
-    return int(iterations)
-
-
-def _steps(gradients: int, accumulates: bool | None, config: NadamConfig | None) -> int:
-    """The number of steps for so many gradients: several make one step where they are accumulated."""
-    if accumulates is False:
-        return gradients
-    if config is None:
-        raise ValueError(_ACCUMULATED)
-    if accumulates and config.accumulate_steps == 1:
-        raise ValueError("the checkpoint holds accumulated gradients, but config has accumulate_steps=1.")
-    steps, left_over = divmod(gradients, config.accumulate_steps)
-    if left_over:
-        raise ValueError(_IN_THE_MIDDLE.format(gradients=gradients, steps=config.accumulate_steps))
-    return steps
-
-
-def _warn_of_learning_rate(theirs: float, ours: Any) -> None:
-    """Warns where the config has another number than the checkpoint."""
-    if isinstance(ours, float) and np.float32(ours) != np.float32(theirs):
-        validation.warn(_OTHER_LEARNING_RATE.format(theirs=theirs, ours=ours))
-
-
-def _warn_of_product(dialect: str, count: int, config: NadamConfig) -> None:
-    """Warns that the product is not in the checkpoint, where steps depend on it."""
-    rule = rule_of(config)
-    if not (rule.momentum_schedule and rule.running_product):
-        return
-    if dialect == "keras":
-        validation.warn(_LOSS_SCALED.format(rule=config.rule))
-    elif product_after(count, config) > _SMALL:
-        aside = _IN_FIT if dialect == "tf_keras" else ""
-        validation.warn(_COMPUTED.format(count=count, config=config, aside=aside))

@@ -6,21 +6,31 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax import numpy as jnp
 
-from optax_nadam.compat._common import as_numpy, check_keys, without
-
-Label = str | int
-
-_SOURCE = (
-    "source must be what {optimizer}.state_dict() returns, with the keys 'state' and 'param_groups', got {got}. From a"
-    " checkpoint of several parts, pass the optimizer's: checkpoint['optimizer'], or"
-    " checkpoint['optimizer_states'][0] of Lightning."
+from optax_nadam import _validation as validation
+from optax_nadam._config import NadamConfig
+from optax_nadam._schedules import ScheduleConfig
+from optax_nadam.compat._account import (
+    Checkpoint,
+    Group,
+    Label,
+    Parameter,
+    check_entries,
+    check_parameter,
+    listed,
+    parse_steps,
 )
+from optax_nadam.compat._common import as_numpy, check_keys, without
+from optax_nadam.compat._match import PREFIXES
+from optax_nadam.compat._torch_files import Opened, opened
+from optax_nadam.compat._torch_schedules import schedules_of
+
+
 _MISSING = "state of parameter {label!r} lacks {missing}: it was not written by {optimizer}."
 _SHARDED = (
     "state of parameter {label!r} holds a DTensor, one shard of an array. Save what torch.distributed.checkpoint."
@@ -44,14 +54,18 @@ _TIED = (
     "weights have equal arrays under {extra!r} and {label!r}, of which the checkpoint has moments of the second only:"
     " they are tied. Leave {extra!r} out of weights, and let to_params take {label!r} for the leaf that they share."
 )
-_NO_SHAPE = (
-    "{labels} never stepped, so that source does not hold the shape of the moments. Pass weights, the model's own"
-    " arrays as to_params takes them."
+_NO_PARAMS = "param_groups[{index}] lacks the key 'params': pass the groups of optimizer.state_dict(), with all keys."
+_OTHER_NAMES = (
+    "names must be those that the checkpoint stores, in their order: at place {index} they are {given!r} and {stored!r}."
+    " Leave names out: to_params then gets each array under its stored name."
 )
-_NO_STATE = (
-    "parameter groups do not hold the shapes of {labels}, which groups of several kinds need. Pass the whole checkpoint"
-    " of a run that took a step, or weights, the model's own arrays as to_params takes them."
+_NO_SCHEDULER = (
+    "the learning rate had a schedule (groups have 'initial_lr'), which is not in the optimizer's checkpoint. Pass"
+    " scheduler=scheduler.state_dict() to read (for those of transformers also lr_scheduler_type= and its arguments), or"
+    " learning_rate=, a function of the steps, to from_groups or config_from."
 )
+_IGNORED = "{keys} is ignored: the groups are those of {optimizer}, which has no product of momenta."
+_CLIP = "the Trainer clips by global norm, max_grad_norm=1.0 by default: optax_nadam.clip_by_global_norm"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +75,18 @@ class Layout:
     Attributes:
       optimizer: its name in the texts of errors.
       product: the key of the product of the momenta; None where it stores none.
+      parse: makes the config of a group.
+      version: the releases that write it.
       python_numbers: whether step and product are Python numbers rather than arrays.
+      ignored: keys of an entry that are not its own, of which the caller is warned.
     """
 
     optimizer: str
     product: str | None
+    parse: Callable[[Mapping[str, Any], Any], NadamConfig]
+    version: str
     python_numbers: bool = False
+    ignored: tuple[str, ...] = ()
 
     @property
     def scalars(self) -> tuple[str, ...]:
@@ -74,144 +94,158 @@ class Layout:
         return ("step",) if self.product is None else ("step", self.product)
 
 
-class Parameter(NamedTuple):
-    """What is stored for a parameter that took a step.
+class Request(NamedTuple):
+    """What the caller says of the schedule: see :func:`optax_nadam.compat.torch.read`."""
 
-    Attributes:
-      step: steps taken.
-      product: the product of the momenta, or None where it is not stored.
-      dtype: the dtype in which the product is stored.
-      m: first moment.
-      v: second moment.
-    """
-
-    step: int
-    product: float | None
-    dtype: Any
-    m: np.ndarray
-    v: np.ndarray
+    scheduler: Mapping[str, Any] | None = None
+    steps_per_epoch: int | None = None
+    lr_scheduler_type: str | None = None
+    arguments: Mapping[str, Any] = {}
 
 
-class Source(NamedTuple):
-    """A checkpoint.
-
-    Attributes:
-      layout: what its optimizer stores.
-      groups: its parameter groups.
-      group_of: for each parameter, by name or by position, the index of its group.
-      parameters: what is stored for it; None where it took no step.
-      weights: the model's own arrays by name or position, where the user gave them.
-    """
-
-    layout: Layout
-    groups: Sequence[Mapping[str, Any]]
-    group_of: dict[Label, int]
-    parameters: dict[Label, Parameter | None]
-    weights: Mapping[Label, Any]
-
-    @property
-    def stepped(self) -> dict[Label, Parameter]:
-        """What is stored for the parameters that took a step."""
-        return {label: p for label, p in self.parameters.items() if p is not None}
-
-    @property
-    def steps(self) -> int:
-        """The largest number of steps that a parameter took."""
-        return max((p.step for p in self.stepped.values()), default=0)
-
-    @property
-    def frozen(self) -> list[Label]:
-        """The parameters that took no step where others did, and those that the optimizer does not have."""
-        untrained = [label for label, p in self.parameters.items() if p is None] if self.stepped else []
-        return [*untrained, *(label for label in self.weights if label not in self.parameters)]
-
-    @property
-    def shapes(self) -> dict[Label, tuple[int, ...]]:
-        """The shapes of all parameters, those of the optimizer first.
-
-        Raises:
-          ValueError: neither the checkpoint nor the weights have one of them.
-        """
-        known = {label: tuple(x.shape) for label, x in self.weights.items()}
-        known |= {label: p.m.shape for label, p in self.stepped.items()}
-        unknown = [label for label in self.parameters if label not in known]
-        if unknown:
-            raise ValueError((_NO_SHAPE if self.stepped else _NO_STATE).format(labels=listed(unknown)))
-        return {label: known[label] for label in (self.parameters | known)}
-
-    def moments(self, name: str) -> dict[Label, np.ndarray]:
-        """Copies of the moments ``m`` or ``v`` of all parameters, zero where no step was taken.
-
-        Copies, since torch updates in place what an optimizer's state_dict() shows.
-        """
-        stepped = {label: np.array(getattr(p, name)) for label, p in self.stepped.items()}
-        return {label: stepped.get(label, np.zeros(shape, np.float32)) for label, shape in self.shapes.items()}
-
-
-def whole(param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+def whole(param_groups: Any) -> Any:
     """The checkpoint, or one without a state around parameter groups alone."""
-    return param_groups if isinstance(param_groups, Mapping) else {"state": {}, "param_groups": param_groups}
-
-
-def nested(source: Any, optimizer: str) -> Mapping[str, Any]:
-    """A checkpoint as ``{"state": ..., "param_groups": ...}``, which may be flattened to ``state.<name>.<key>``."""
-    if isinstance(source, Mapping):
-        if {"state", "param_groups"} <= set(source):
-            return source
-        if source and all(isinstance(key, str) and key.startswith(("state.", "param_groups.")) for key in source):
-            return _unflattened(source)
-    got = f"the keys {sorted(map(str, source))[:10]}" if isinstance(source, Mapping) else type(source).__name__
-    raise ValueError(_SOURCE.format(optimizer=optimizer, got=got))
-
-
-def _unflattened(source: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What torch.distributed wrote with ``flatten_optimizer_state_dict=True``, in its usual form."""
-    parts: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
-    for path, value in source.items():
-        part, _, rest = path.partition(".")
-        name, _, key = rest.rpartition(".")
-        parts[part].setdefault(name, {})[key] = value
-    groups: dict[str, dict[str, Any]] = {}
-    for name, options in parts["param_groups"].items():
-        own = without(options, ("params", "param_names"))
-        groups.setdefault(repr(sorted(own.items())), {**own, "params": []})["params"].append(name)
-    return {"state": parts["state"], "param_groups": list(groups.values())}
+    alone = isinstance(param_groups, Sequence) and not isinstance(param_groups, str)
+    return {"state": {}, "param_groups": param_groups} if alone else param_groups
 
 
 def read(
     source: Any,
-    layout: Layout,
+    choose: Callable[[Sequence[Mapping[str, Any]]], Layout],
     names: Sequence[str] | None,
     weights: Mapping[str, Any] | Sequence[Any] | None,
-) -> Source:
-    """What a checkpoint stores for each parameter."""
-    source = nested(source, layout.optimizer)
-    state, groups = source["state"], list(source["param_groups"])
+    request: Request = Request(),  # noqa: B008  # a constant
+) -> Checkpoint:
+    """What a checkpoint holds, accounted for.
+
+    Args:
+      source: a path, a checkpoint, or one that was read before.
+      choose: the layout of these groups.
+      names: as in :func:`optax_nadam.compat.torch.load_state`.
+      weights: likewise.
+      request: what the caller says of the schedule.
+    """
+    if isinstance(source, Checkpoint):
+        if names is not None or weights is not None:
+            raise ValueError("names and weights belong to read: a checkpoint that was read has them.")
+        return source
+    found = opened(source, "optimizer")
+    groups = list(found.optimizer["param_groups"])
+    layout = choose(groups)
     labels, ids = labels_of(groups, names)
+    state = _by_id(found.optimizer["state"], ids)
+    check_entries(layout.optimizer, state, ids)
+    if ignored := {key for entry in state.values() for key in entry if key in layout.ignored}:
+        validation.warn(_IGNORED.format(keys=", ".join(ignored), optimizer=layout.optimizer))
+        state = {i: without(entry, ignored) for i, entry in state.items()}
     parameters = {label: _parameter(label, state.get(i), layout) for label, i in zip(labels, ids, strict=True)}
-    group_of = [index for index, group in enumerate(groups) for _ in group["params"]]
-    known = _parse_weights(weights, parameters)
-    return Source(layout, groups, dict(zip(labels, group_of, strict=True)), parameters, known)
+    return _checkpoint(layout, found, _groups(groups, labels), parameters, _parse_weights(weights, parameters), request)
+
+
+def _by_id(state: Mapping[Any, Any], ids: Sequence[Any]) -> Mapping[Any, Any]:
+    """The state by the ids of the groups. JSON and torch.distributed.checkpoint turn its keys into text, not those."""
+    if all(isinstance(i, int) for i in ids) and all(isinstance(key, str) and key.isdigit() for key in state):
+        return {int(key): entry for key, entry in state.items()}
+    return state
+
+
+def _groups(groups: Sequence[Mapping[str, Any]], labels: Sequence[Label]) -> list[Group]:
+    rest = iter(labels)
+    return [
+        Group(without(group, ("params", "param_names")), tuple(itertools.islice(rest, len(group["params"]))))
+        for group in groups
+    ]
+
+
+def _checkpoint(
+    layout: Layout,
+    found: Opened,
+    groups: list[Group],
+    parameters: Mapping[Label, Parameter | None],
+    weights: Mapping[Any, Any],
+    request: Request,
+) -> Checkpoint:
+    """The record, with the schedule where there is one."""
+    version = ", ".join(filter(None, (layout.version, found.version)))
+    notes = ("gradient clipping" + (f" ({_CLIP})" if "Trainer" in found.version else ""),)
+    parts = (layout.optimizer, version, parameters, tuple(groups), layout.parse, weights)
+    checkpoint = Checkpoint(*parts, notes=notes)
+    try:
+        schedules = _schedules(checkpoint, found, request)
+    except ValueError as error:
+        if request != Request():
+            raise
+        return dataclasses.replace(checkpoint, unread_schedule=str(error))
+    with_schedules = tuple(g._replace(schedule=schedule) for g, schedule in zip(groups, schedules, strict=True))
+    return dataclasses.replace(checkpoint, groups=with_schedules)
+
+
+def _schedules(checkpoint: Checkpoint, found: Opened, request: Request) -> Sequence[ScheduleConfig | None]:
+    """The schedule of each group, from the scheduler's state or from its name."""
+    options = [group.options for group in checkpoint.groups]
+    scheduler, count = request.scheduler or found.scheduler, checkpoint.count
+    if scheduler is None and request.lr_scheduler_type is not None:
+        scheduler = _lambda_lr(options, count)
+    if scheduler is None:
+        if any("initial_lr" in group for group in options):
+            raise ValueError(_NO_SCHEDULER)
+        return [None] * len(options)
+    arguments = dict(request.arguments)
+    if request.lr_scheduler_type is not None and found.steps is not None:
+        arguments.setdefault("num_training_steps", found.steps)
+    return schedules_of(scheduler, options, count, request.steps_per_epoch, request.lr_scheduler_type, arguments)
+
+
+def _lambda_lr(options: Sequence[Mapping[str, Any]], count: int) -> dict[str, Any]:
+    """The state of the scheduler that transformers makes, as far as groups tell it."""
+    rates = [group.get("lr") for group in options]
+    base = [group.get("initial_lr", group.get("lr")) for group in options]
+    return {"base_lrs": base, "_last_lr": rates, "last_epoch": count, "lr_lambdas": [None] * len(options)}
 
 
 def labels_of(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None) -> tuple[list[Any], list[Any]]:
     """A name, or else a position, for each parameter, and the ids that the checkpoint knows them by."""
+    for index in [index for index, group in enumerate(groups) if "params" not in group]:
+        raise ValueError(_NO_PARAMS.format(index=index))
     ids = [i for group in groups for i in group["params"]]
-    if names is not None:
-        _check_names(names, len(ids))
-        return list(names), ids
+    stored = _stored_names(groups, ids)
+    if names is None:
+        return stored or list(range(len(ids))), ids
+    _check_names(names, len(ids))
+    _check_order(names)
+    for index, (given, name) in enumerate(zip(names, stored or names, strict=True)):
+        if _bare(given) != _bare(name):
+            raise ValueError(_OTHER_NAMES.format(index=index, given=given, stored=name))
+    return list(names), ids
+
+
+def _stored_names(groups: Sequence[Mapping[str, Any]], ids: list[Any]) -> list[str]:
+    """The names in a checkpoint; ids are names already where torch.distributed has written it."""
     if groups and all("param_names" in group for group in groups):
-        return [name for group in groups for name in group["param_names"]], ids
-    # Ids are names already where torch.distributed has written the checkpoint.
-    return (ids if ids and all(isinstance(i, str) for i in ids) else list(range(len(ids)))), ids
+        names = [name for group in groups for name in group["param_names"]]
+        _check_names(names, len(ids))
+        return names
+    return ids if ids and all(isinstance(i, str) for i in ids) else []
+
+
+def _bare(name: str) -> str:
+    """A name without what wrappers of the model put into it."""
+    for prefix in PREFIXES:
+        name = name.replace(prefix, "")
+    return name
 
 
 def _check_names(names: Sequence[str], expected: int) -> None:
+    """Rejects names of another number, and equal ones."""
     if len(names) != expected:
         raise ValueError(f"names must name the {expected} parameters of the checkpoint, got {len(names)} names.")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"names must differ, got {', '.join(twice)} more than once.")
+
+
+def _check_order(names: Sequence[str]) -> None:
+    """Rejects the order of a file that sorts its keys."""
     if list(names) == sorted(names):
         for first, second in itertools.pairwise(names):
             if _natural(first) > _natural(second) or _bias_and_weight(first, second):
@@ -239,13 +273,15 @@ def _parameter(label: Label, entry: Mapping[str, Any] | None, layout: Layout) ->
     check_keys(f"state of parameter {label!r}", entry, expected)
     if any(hasattr(value, "full_tensor") for value in entry.values()):
         raise ValueError(_SHARDED.format(label=label))
-    return Parameter(
-        step=int(as_numpy(entry["step"])),
+    parameter = Parameter(
+        step=parse_steps(f"the step of parameter {label!r}", as_numpy(entry["step"]).item()),
         product=None if layout.product is None else float(as_numpy(entry[layout.product])),
         dtype=_dtype_of(entry[layout.product or "step"]),
         m=as_numpy(entry["exp_avg"]),
         v=as_numpy(entry["exp_avg_sq"]),
     )
+    check_parameter(label, parameter)
+    return parameter
 
 
 def _dtype_of(scalar: Any) -> Any:
@@ -295,9 +331,3 @@ def _equal_to(array: Any, weights: Mapping[Any, Any], labels: Iterable[Label]) -
     for label in labels:
         if weights[label].shape == array.shape and np.array_equal(as_numpy(weights[label]), values):
             yield label
-
-
-def listed(labels: Collection[Label]) -> str:
-    """Some labels for the text of an error."""
-    shown = ", ".join(map(repr, list(labels)[:5]))
-    return shown if len(labels) <= 5 else f"{shown} and {len(labels) - 5} more"

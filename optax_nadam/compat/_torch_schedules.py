@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from optax_nadam import _validation as validation
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat._common import as_number, without
@@ -60,7 +62,7 @@ _COUNTS = (
 class _Run(NamedTuple):
     """What a schedule of one group depends on besides the scheduler's state."""
 
-    index: int
+    place: int
     group: Mapping[str, Any] | None
     base_lrs: Sequence[float]
     name: str | None
@@ -190,12 +192,16 @@ def _check_account(
     count, rates = _first(state, "last_epoch"), [as_number(lr) for lr in state["_last_lr"]]
     bases = [as_number(lr) for lr in _first(state, "base_lrs")]
     for i, (schedule, group, base, stored) in enumerate(zip(schedules, groups, bases, rates, strict=True)):
-        computed = float(schedule(count))
+        computed = _value(schedule, count)
         if not math.isclose(computed, stored, rel_tol=1e-5, abs_tol=1e-6 * abs(base)):
             raise ValueError(_ACCOUNT.format(stored=stored, group=i, count=count, computed=computed))
         lr = stored if group is None else as_number(group.get("lr", stored))
         if not math.isclose(lr, stored, rel_tol=1e-5, abs_tol=1e-6 * abs(base)):
             raise ValueError(_GROUP_RATE.format(group=i, lr=lr, stored=stored))
+
+
+def _value(schedule: ScheduleConfig, count: int) -> float:
+    return float(np.asarray(schedule(count)))
 
 
 def _check_counts(epochs: int, count: int | None, steps_per_epoch: int | None) -> None:
@@ -210,7 +216,7 @@ def _check_counts(epochs: int, count: int | None, steps_per_epoch: int | None) -
 def _translate(state: Mapping[str, Any], run: _Run, base: float | None = None) -> ScheduleConfig:
     """The schedule of a scheduler, with a base rate in place of its own if given."""
     _, translator = _kind(state)
-    own = as_number(_first(state, "base_lrs")[run.index])
+    own = as_number(_first(state, "base_lrs")[run.place])
     return translator(state, own if base is None else base, run)
 
 
@@ -322,7 +328,7 @@ def _check_bottoms(parts: Sequence[Mapping[str, Any]], factors: Sequence[Schedul
     """Rejects a cosine whose others are not back at the base rate when it has fallen to 0: it rises from there."""
     for i, part in enumerate(parts):
         others = _product([*factors[:i], *factors[i + 1 :]])
-        if "T_max" in part and not math.isclose(float(others(part["T_max"])), 1.0, rel_tol=1e-5):
+        if "T_max" in part and not math.isclose(_value(others, part["T_max"]), 1.0, rel_tol=1e-5):
             raise ValueError(
                 _CHAINED.format(kind=_kind(part)[0], why=" after T_max, where the others are below theirs")
             )

@@ -1,10 +1,11 @@
 """``nadamw`` of the AlgoPerf baselines in JAX, under its own names. Its state is that of Optax's Adam.
 
-Its step is that of the rule ``simplified``, or of ``undebiased`` where ``debias`` is False.
+Its step is that of the rule ``simplified``, or of ``undebiased`` where ``debias`` is False. Checkpoints of the
+baseline's ``NAdamW`` for torch are read too; :mod:`optax_nadam.compat.timm` has the optimizer of their groups.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optax
@@ -14,10 +15,13 @@ from optax_nadam import _nadam as ours
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES, Rule, RuleName
+from optax_nadam.compat import optax as states
+from optax_nadam.compat import timm
+from optax_nadam.compat._account import Checkpoint
 from optax_nadam.compat._common import SCHEDULE, cannot_express, check_expressible, check_keys, config_of, rule_of
-from optax_nadam.compat.optax import load_state, to_adam_state
+from optax_nadam.compat._match import Matched, load
 
-__all__ = ["config_from", "config_to", "dump_state", "load_state", "nadamw"]
+__all__ = ["config_from", "config_to", "dump_state", "load_state", "nadamw", "read"]
 
 _SIDE = "AlgoPerf's nadamw"
 _SHARED = ("learning_rate", "b1", "b2", "eps", "eps_root", "weight_decay")
@@ -148,6 +152,65 @@ def _debias(config: NadamConfig) -> bool:
     return debias
 
 
+def read(source: Any, *, names: Sequence[str] | None = None) -> Checkpoint:
+    """What the state of ``nadamw`` in JAX holds, or a checkpoint of AlgoPerf's ``NAdamW`` for torch.
+
+    Args:
+      source: as in :func:`load_state`.
+      names: of the parameters of torch, as in :func:`optax_nadam.compat.torch.load_state`.
+
+    Returns:
+      A :class:`Checkpoint`, taken wherever a source is.
+
+    Raises:
+      ValueError: as :func:`load_state`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_nadam import compat
+      >>> state = compat.algoperf.dump_state(compat.algoperf.nadamw(0.01).init(jnp.ones(2)))
+      >>> compat.algoperf.read(state).count
+      0
+    """
+    is_torch = isinstance(source, Mapping) and {"state", "param_groups"} <= set(source)
+    return timm.read(source, names=names) if is_torch or names is not None else states.read(source)
+
+
+def load_state(
+    opt_state: Any,
+    source: Any,
+    to_params: Callable[[Any], Any] = lambda weights: weights,
+    *,
+    config: NadamConfig | None = None,
+) -> Any:
+    """The optimizer state that continues where AlgoPerf's ``nadamw`` stopped.
+
+    Args:
+      opt_state: a fresh state of the optimizer that is to continue, at any depth of chains and wrappers; it is not
+        changed.
+      source: as in :func:`optax_nadam.compat.optax.load_state`; or of torch what ``optimizer.state_dict()`` returned.
+      to_params: as there; of torch as in :func:`optax_nadam.compat.torch.load_state`.
+      config: the hyperparameters of the optimizer that continues; needed for the state in JAX, which stores none.
+
+    Returns:
+      A new state.
+
+    Raises:
+      ValueError: ``source`` holds no such state or more than one, its moments do not fit, or there is no config.
+      TypeError: a moment is not an array of numbers.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from optax_nadam import NadamConfig, compat
+      >>> state = compat.algoperf.nadamw(0.01).init(jnp.ones(2))
+      >>> stored = compat.algoperf.dump_state(state)
+      >>> config = NadamConfig(rule="simplified")
+      >>> int(optax.tree.get(compat.algoperf.load_state(state, stored, config=config), "count"))
+      0
+    """
+    return load(opt_state, Matched(read(source), to_params), config)
+
+
 def dump_state(
     opt_state: Any,
     from_params: Callable[[Any], Any] = lambda params: params,
@@ -175,4 +238,4 @@ def dump_state(
     """
     if config is not None:
         _debias(config)
-    return to_adam_state(opt_state, from_params)
+    return states.to_adam_state(opt_state, from_params)

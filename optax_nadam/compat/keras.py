@@ -13,8 +13,10 @@ Neither Keras nor TensorFlow is needed. Their files are read by other packages: 
 ``.h5`` and ``.keras`` by ``h5py``, Orbax' directories by Orbax.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,11 +28,15 @@ from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES
 from optax_nadam._schedules import ScheduleConfig
-from optax_nadam._state import get_state
+from optax_nadam._state import KINDS
+from optax_nadam._tree import nodes_of
 from optax_nadam._wrappers import freeze_rows_without_gradient
 from optax_nadam.compat import _common as common
+from optax_nadam.compat._account import Checkpoint
+from optax_nadam.compat._keras_checkpoint import checkpoint_of, warn_of_differences
 from optax_nadam.compat._keras_read import DIALECTS, read_source
-from optax_nadam.compat._keras_roles import as_count, as_weights, by_names, by_shapes, checkpoint_of
+from optax_nadam.compat._keras_roles import OTHERS, Roles, by_names, by_shapes
+from optax_nadam.compat._match import Matched, load
 
 __all__ = [
     "config_from",
@@ -40,6 +46,7 @@ __all__ = [
     "legacy_nadam",
     "load_state",
     "nadam",
+    "read",
     "read_config",
     "read_weights",
     "set_weights",
@@ -101,14 +108,21 @@ _TWO_MEANINGS = (
     "clipnorm means two things in a Nadam config without a name: Keras up to 2.3 clips by the norm of all gradients"
     " (write global_clipnorm), tf.keras each by its own (add a name)."
 )
-_NO_WEIGHTS = (
-    "source does not tell which of its weights are trainable, and in which order. Load the model with Keras, and take"
-    " model.trainable_variables."
+_NO_LIST = (
+    "from_params must return a list of arrays in the order of model.trainable_variables, got {got}: a Keras optimizer"
+    " goes by order alone. Return list(weights[name] for name in the model's order)."
 )
-_NO_HYPERPARAMETERS = (
-    "source does not hold all hyperparameters. A model's .h5 and .keras file does, and a TensorFlow checkpoint of the"
-    " legacy Nadam whose learning rate is a number or a variable, not a function; else make a NadamConfig, or pass"
-    " optimizer.get_config() to config_from."
+_OTHER_NAME = (
+    "config is of the optimizer {name!r}, not of a Nadam. If it is a Nadam under that name, pass {{**config, 'name':"
+    " 'nadam'}}."
+)
+_NO_KNOWN_SCHEDULE = (
+    "learning_rate must be a number or one of the schedules {known}, got {kind!r}. Pass learning_rate= to config_from,"
+    " a number or a ScheduleConfig, or learning_rate=1.0 and any function of the steps to config.build."
+)
+_HAD_SCHEDULE = (
+    "the optimizer has no learning rate of its own: it had a schedule, which the source does not hold. Pass"
+    " optimizer.get_config() to config_from, or a schedule to the constructor."
 )
 
 
@@ -250,7 +264,9 @@ def legacy_nadam(
     return tx if sparse_rows is None else freeze_rows_without_gradient(tx, sparse_rows)
 
 
-def config_from(config: Mapping[str, Any]) -> NadamConfig:
+def config_from(
+    config: Mapping[str, Any] | Checkpoint, *, learning_rate: float | ScheduleConfig | None = None
+) -> NadamConfig:
     r"""The config in what ``get_config()`` of a Keras Nadam returns, or ``keras.optimizers.serialize``.
 
     The dialect is inferred from the keys: ``decay`` or ``schedule_decay`` is legacy, ``is_legacy_optimizer`` is
@@ -260,7 +276,9 @@ def config_from(config: Mapping[str, Any]) -> NadamConfig:
     ``"scheduled"``. The caller scales the loss, and skips steps that are not finite (``optax.apply_if_finite``).
 
     Args:
-      config: a mapping; it is not changed.
+      config: a mapping; it is not changed. Or what :func:`read` returned of a source that stores it.
+      learning_rate: a number or a schedule in place of the config's own, which may be a function that is not data; None
+        for that.
 
     Returns:
       A config that builds the same optimizer. A custom ``schedule_decay`` survives, which Keras' own
@@ -278,23 +296,33 @@ def config_from(config: Mapping[str, Any]) -> NadamConfig:
       >>> config.learning_rate, config.momentum_decay
       (0.01, 0.004)
     """
+    if isinstance(config, Checkpoint):
+        return config.config_with(learning_rate)
     config = _unwrapped(config)
     if "inner_optimizer" not in config:
-        return common.config_of(_NAMES, _all_fields(config))
+        return common.config_of(_NAMES, _all_fields(config, learning_rate))
     common.check_keys("the LossScaleOptimizer config", config, _WRAPPER_KEYS)
     inner = _unwrapped(config["inner_optimizer"])
     rule = "loss_scaled" if _dialect_of(inner) == "keras" else "scheduled"
-    return common.config_of(_NAMES, {**_all_fields(inner), "rule": rule})
+    return common.config_of(_NAMES, {**_all_fields(inner, learning_rate), "rule": rule})
 
 
 def _unwrapped(config: Any) -> Mapping[str, Any]:
     """The config in ``{"class_name": ..., "config": ...}``, or the config itself."""
     if "class_name" not in config:
+        _check_name(config)
         return config
     kind = str(config["class_name"]).rpartition(">")[2].lower()
     if kind != "nadam" and not kind.startswith("lossscaleoptimizer"):
         raise ValueError(f"config must be that of a Nadam or a LossScaleOptimizer, got {config['class_name']!r}.")
     return config["config"]
+
+
+def _check_name(config: Mapping[str, Any]) -> None:
+    """Rejects the config of another optimizer, of which only the name may tell: those of Adamax and Lamb have our keys."""
+    name = str(config.get("name", ""))
+    if re.sub(r"_\d+$", "", name).lower() in OTHERS:
+        raise ValueError(_OTHER_NAME.format(name=name))
 
 
 def _dialect_of(config: Mapping[str, Any]) -> str:
@@ -305,13 +333,15 @@ def _dialect_of(config: Mapping[str, Any]) -> str:
     raise ValueError(f"config must have one of the keys {', '.join(_MARKS)}, which tell its dialect; got {config!r}.")
 
 
-def _all_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+def _all_fields(config: Mapping[str, Any], learning_rate: Any) -> dict[str, Any]:
     """Our fields of a config."""
     dialect = _dialect_of(config)
     config = {"learning_rate" if key == "lr" else key: value for key, value in config.items()}
     common.check_keys(f"the {dialect} Nadam config", config, _KEYS[dialect], _REQUIRED)
     fields = _stored_legacy_fields(config) if dialect == "legacy" else _fields(dialect, config)
-    return {"learning_rate": _learning_rate_from(config["learning_rate"], dialect), **fields}
+    if learning_rate is None:
+        learning_rate = _learning_rate_from(config["learning_rate"], dialect)
+    return {"learning_rate": learning_rate, **fields}
 
 
 def _stored_legacy_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,11 +359,18 @@ def _learning_rate_from(learning_rate: Any, dialect: str) -> Any:
         return learning_rate
     kind = learning_rate.get("class_name")
     if kind not in _SCHEDULES:
-        known = ", ".join(_SCHEDULES)
-        raise ValueError(f"learning_rate must be a number or one of the schedules {known}, got {kind!r}.")
+        raise ValueError(_NO_KNOWN_SCHEDULE.format(known=", ".join(_SCHEDULES), kind=kind))
     if dialect == "legacy":
         raise ValueError(f"learning_rate must not be a schedule in the legacy Nadam, got {kind!r}.")
-    return ScheduleConfig(_SCHEDULES[kind], common.without(learning_rate["config"], ["name"]))
+    arguments = {name: _plain(x) for name, x in learning_rate["config"].items() if name != "name"}
+    return ScheduleConfig(_SCHEDULES[kind], arguments)
+
+
+def _plain(value: Any) -> Any:
+    """A number that Keras serialized as a tensor or an array, or another value as it is."""
+    if isinstance(value, Mapping) and value.get("class_name") in ("__tensor__", "__numpy__"):
+        return value["config"]["value"]
+    return common.as_number(value)
 
 
 def _fields(dialect: str, theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -520,20 +557,83 @@ def load_state(
       1
     """
     _check_between_steps(opt_state)
-    size = sum(math.prod(m.shape) for m in jax.tree.leaves(get_state(opt_state).m))
-    checkpoint = _read(source, config=config, dialect=dialect, size=size)
-    return common.load(opt_state, checkpoint.mapped(to_params), config)
+    size = sum(math.prod(m.shape) for state in nodes_of(opt_state, KINDS) for m in jax.tree.leaves(state.m))
+    found = _read(source, config=config, dialect=dialect, size=size)
+    if config is None and found.groups[0].options:
+        config = found.parse(found.groups[0].options, None)
+    if config is not None:
+        warn_of_differences(found, config)
+    return load(opt_state, Matched(found, to_params), config)
+
+
+def read(source: Any, *, config: NadamConfig | None = None, dialect: str | None = None) -> Checkpoint:
+    """What a checkpoint holds: print it before anything is loaded, and pass it wherever a source is taken.
+
+    Args:
+      source: as in :func:`load_state`.
+      config: as in :func:`load_state`, needed where gradients are accumulated or averages of the weights are stored.
+      dialect: as in :func:`load_state`.
+
+    Returns:
+      A :class:`Checkpoint`: its ``config`` are the hyperparameters and its ``weights`` the trainable weights, where
+      the source has them.
+
+    Raises:
+      ValueError: something in the source does not balance; the text names the arrays and what to do.
+      ImportError: the package that reads the source is not installed.
+
+    Examples:
+      >>> import numpy as np
+      >>> from optax_nadam import compat
+      >>> print(compat.keras.read([np.array(1), np.float32(0.4501), np.array([0.05]), np.array([0.00025])]))
+      optimizer     Nadam of Keras (TensorFlow up to 2.10, tf_keras legacy, Keras 2)
+      steps         1
+      parameters    1, 1 numbers in the moments
+      names         none: a list in order
+      group 0       1 parameters, 1 numbers; hyperparameters not stored
+      learning rate no schedule stored
+      product       0.4501, stored
+      weights       not in the checkpoint
+      not stored    exclude_from_weight_decay, constraints of weights
+      not stored    clips (clipnorm and the others), unless hyperparameters are stored
+    """
+    return _read(source, config=config, dialect=dialect)
 
 
 def _read(
     source: Any, *, config: NadamConfig | None = None, dialect: str | None = None, size: int | None = None
-) -> common.Checkpoint:
+) -> Checkpoint:
     """The checkpoint in a source; of two layouts that fit the shapes, the one with ``size`` numbers in the params."""
+    if isinstance(source, Checkpoint):
+        return source
     stored = read_source(source, dialect)
+    if stored.config:
+        _unwrapped(stored.config)
     roles = by_names(stored) or by_shapes(stored, size)
     if config is None and stored.config and roles.needs_config:
         config = config_from(stored.config)
-    return checkpoint_of(stored, roles, config)
+    found = checkpoint_of(stored, roles, config, _parse)
+    try:
+        schedule = _schedule_of(stored.config, roles)
+    except ValueError as error:
+        return dataclasses.replace(found, unread_schedule=str(error))
+    return dataclasses.replace(found, groups=(found.groups[0]._replace(schedule=schedule),))
+
+
+def _schedule_of(config: Mapping[str, Any] | None, roles: Roles) -> ScheduleConfig | None:
+    """The schedule that is stored; None where the learning rate is a number."""
+    if config:
+        inner = _unwrapped(config)
+        inner = _unwrapped(inner.get("inner_optimizer", inner))
+        learning_rate = _learning_rate_from(inner.get("learning_rate"), _dialect_of(inner))
+        return learning_rate if isinstance(learning_rate, ScheduleConfig) else None
+    if roles.dialect == "keras" and roles.learning_rate is None:
+        raise ValueError(_HAD_SCHEDULE)
+    return None
+
+
+def _parse(config: Mapping[str, Any], learning_rate: Any) -> NadamConfig:
+    return config_from(config, learning_rate=learning_rate)
 
 
 def dump_state(
@@ -592,8 +692,18 @@ def _in_order(
     """Steps taken, product, and moments in the order of their weights."""
     _check_between_steps(opt_state)
     state = common.get_numbers(opt_state)
-    m, v = ([common.as_numpy(x) for x in from_params(tree)] for tree in (state.m, state.v))
+    m, v = (_listed(from_params(tree)) for tree in (state.m, state.v))
     return int(state.count), common.as_numpy(state.mu_product), m, v
+
+
+def _listed(weights: Any) -> list[np.ndarray]:
+    """What ``from_params`` returned, a list of arrays."""
+    if isinstance(weights, Mapping) or not isinstance(weights, Iterable):
+        raise TypeError(_NO_LIST.format(got=type(weights).__name__))
+    arrays = [common.as_numpy(x) for x in weights]
+    for other in [x for x in arrays if not np.issubdtype(x.dtype, np.number) and x.dtype.kind != "V"]:
+        raise TypeError(_NO_LIST.format(got=f"an array of {other.dtype}"))
+    return arrays
 
 
 def _check_between_steps(opt_state: Any) -> None:
@@ -626,41 +736,38 @@ def get_weights(opt_state: Any, from_params: Callable[[Any], Sequence[Any]]) -> 
     return [np.asarray(count, np.int64), product, *m, *v]
 
 
-def set_weights(opt_state: Any, weights: Sequence[Any], to_params: Callable[[Any], Any]) -> Any:
+def set_weights(
+    opt_state: Any, weights: Sequence[Any], to_params: Callable[[Any], Any], *, config: NadamConfig | None = None
+) -> Any:
     """The optimizer state with the weights of a legacy Nadam, the inverse of :func:`get_weights`.
 
     Args:
       opt_state: a state of the optimizer that is to continue; it is not changed.
       weights: ``[iterations, momentum_cache, *m, *v]``, in the order of the model's trainable weights.
       to_params: turns the list of the model's trainable weights into a tree like the params.
+      config: the hyperparameters of the run, where they are not those of a legacy Nadam by default.
 
     Returns:
       A new state.
 
     Raises:
-      ValueError: the weights do not fit the state in number or shape.
-      TypeError: a moment is not an array of numbers.
+      ValueError: the weights do not fit the state in number or shape, or ``momentum_cache`` is not the product of the
+        momenta after so many iterations.
 
     Examples:
       >>> import jax.numpy as jnp
       >>> from optax_nadam import compat
       >>> state = compat.keras.legacy_nadam().init({"w": jnp.ones(2)})
       >>> weights = compat.keras.get_weights(state, lambda params: [params["w"]])
-      >>> state = compat.keras.set_weights(state, [jnp.array(1), *weights[1:]], lambda weights: {"w": weights[0]})
+      >>> weights[:2] = [jnp.array(1), jnp.array(0.4501)]
+      >>> state = compat.keras.set_weights(state, weights, lambda weights: {"w": weights[0]})
       >>> int(optax.tree.get(state, "count"))
       1
     """
-    _check_between_steps(opt_state)
-    arrays = [common.as_numpy(x) for x in weights]
-    of_each, left_over = divmod(len(arrays) - 2, 2)
-    if of_each < 1 or left_over:
-        raise ValueError(f"weights must be [iterations, momentum_cache, *m, *v], got {len(arrays)} arrays.")
-    m, v = arrays[2 : 2 + of_each], arrays[2 + of_each :]
-    checkpoint = common.Checkpoint("the weights", as_count(arrays[0].item()), arrays[1].item(), m, v)
-    return common.load(opt_state, checkpoint.mapped(to_params), None)
+    return load_state(opt_state, list(weights), to_params, config=config, dialect="legacy")
 
 
-def read_weights(source: Any) -> Any:
+def read_weights(source: Any, *, config: NadamConfig | None = None) -> Any:
     """The model's trainable weights in a checkpoint, in the form in which :func:`load_state` passes its moments.
 
     With it a run moves from the checkpoint alone: ``params = to_params(read_weights(source))``.
@@ -668,6 +775,7 @@ def read_weights(source: Any) -> Any:
     Args:
       source: as in :func:`load_state`: a TensorFlow checkpoint, a tree or an Orbax directory of Keras 3, or a ``.h5``
         file. A ``.keras`` and a ``.weights.h5`` file do not tell which weights are trainable.
+      config: as in :func:`read`.
 
     Returns:
       A dict by name, or, of a ``.h5`` file, a list in the order of ``model.trainable_variables``. A weight without
@@ -681,14 +789,11 @@ def read_weights(source: Any) -> Any:
       >>> import numpy as np
       >>> from optax_nadam import compat
       >>> saver = {"w": np.ones(1), "training/Nadam/w/m": np.zeros(1), "training/Nadam/w/v": np.zeros(1)}
-      >>> compat.keras.read_weights(saver | {"training/Nadam/iter": np.array(1)})
+      >>> saver |= {"training/Nadam/iter": np.array(1), "training/Nadam/momentum_cache": np.array(0.45)}
+      >>> compat.keras.read_weights(saver)
       {'w': array([1.])}
     """
-    stored = read_source(source)
-    roles = by_names(stored)
-    if roles is None or roles.weights is None:
-        raise ValueError(_NO_WEIGHTS)
-    return as_weights(stored, roles, [stored.values[i] for i in roles.weights])
+    return read(source, config=config).weights
 
 
 def read_config(source: Any) -> NadamConfig:
@@ -709,10 +814,9 @@ def read_config(source: Any) -> NadamConfig:
       >>> import numpy as np
       >>> from optax_nadam import compat
       >>> numbers = {"learning_rate": 0.01, "beta_1": 0.8, "beta_2": 0.999, "decay": 0.004, "momentum_cache": 0.4}
-      >>> compat.keras.read_config({f"Nadam/{name}": np.float32(x) for name, x in numbers.items()}).b1
+      >>> saver = {f"Nadam/{name}": np.float32(x) for name, x in (numbers | {"iter": 1}).items()}
+      >>> saver |= {"w": np.ones(1), "Nadam/w/m": np.zeros(1), "Nadam/w/v": np.zeros(1)}
+      >>> compat.keras.read_config(saver).b1
       0.8
     """
-    stored = read_source(source)
-    if not stored.config:
-        raise ValueError(_NO_HYPERPARAMETERS)
-    return config_from(stored.config)
+    return read(source).config

@@ -15,19 +15,22 @@ from optax_nadam import _nadam as ours
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES, RuleName
+from optax_nadam._state import KINDS
+from optax_nadam._tree import nodes_of
+from optax_nadam.compat._account import Checkpoint, Group, Parameter, check_parameter
 from optax_nadam.compat._common import (
     SCHEDULE,
-    Checkpoint,
+    as_numpy,
     cannot_express,
     check_expressible,
     check_keys,
     config_of,
     get_numbers,
-    load,
     rule_of,
 )
+from optax_nadam.compat._match import Matched, load
 
-__all__ = ["adam", "adamw", "config_from", "config_to", "dump_state", "load_state", "nadam", "nadamw"]
+__all__ = ["adam", "adamw", "config_from", "config_to", "dump_state", "load_state", "nadam", "nadamw", "read"]
 
 _NAMES = {"m_dtype": "mu_dtype"}
 _OPTIMIZERS = ("nadam", "nadamw", "adam", "adamw")
@@ -42,6 +45,14 @@ _NOT_ONE = (
     "source must hold one ScaleByAdamState, the state of optax.adam, adamw, nadam or nadamw and of AlgoPerf's nadamw,"
     " but holds {found}."
 )
+
+_OURS = " It holds the state of optax_nadam itself: put it into a fresh one with optax_nadam.set_state."
+_REPLICATED = (
+    "count has shape {shape}: the state is replicated over devices. Pass one copy of it:"
+    " flax.jax_utils.unreplicate(state), or jax.tree.map(lambda x: x[0], state)."
+)
+_SOURCE = "a ScaleByAdamState"
+_NOTES = ("hyperparameters: pass config=", "gradient clipping")
 
 
 def nadam(
@@ -259,6 +270,57 @@ def _check_config(config: NadamConfig) -> None:
         raise cannot_express("optax.nadamw", "m_dtype", config.m_dtype, _NO_8_BITS)
 
 
+def read(source: Any) -> Checkpoint:
+    """What the state of an Optax optimizer holds.
+
+    Args:
+      source: as in :func:`load_state`.
+
+    Returns:
+      A :class:`Checkpoint`, taken wherever a source is.
+
+    Raises:
+      ValueError: ``source`` holds no such state or more than one, or impossible numbers.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> from optax_nadam import compat
+      >>> compat.optax.read(optax.adamw(0.01).init({"w": jnp.ones(3)})).names
+      ["['w']"]
+    """
+    if isinstance(source, Checkpoint):
+        return source
+    found = [node for node in jax.tree.leaves(source, is_leaf=_is_adam) if _is_adam(node)]
+    if len(found) != 1:
+        is_ours = any(True for _ in nodes_of(source, KINDS)) or any(
+            map(_is_ours, jax.tree.leaves(source, is_leaf=_is_ours))
+        )
+        raise ValueError(_NOT_ONE.format(found=len(found)) + (_OURS if is_ours else ""))
+    (adam,) = found
+    count, m, v = (adam[name] if isinstance(adam, Mapping) else getattr(adam, name) for name in _FIELDS)
+    if np.ndim(count) == 1:
+        raise ValueError(_REPLICATED.format(shape=np.shape(count)))
+    return _checkpoint(validation.parse_count("count", count), m, v)
+
+
+def _checkpoint(count: int, m: Any, v: Any) -> Checkpoint:
+    """The record of moments in trees like the other run's params."""
+    validation.check_structure("mu and nu", v, m)
+    parameters: dict[Any, Parameter | None] = {}
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(m), jax.tree.leaves(v), strict=True):
+        label = jax.tree_util.keystr(path)
+        parameters[label] = Parameter(count, None, np.float32, as_numpy(x), as_numpy(y))
+        check_parameter(label, parameters[label])
+    groups = (Group({}, tuple(parameters)),)
+    return Checkpoint(_SOURCE, "Optax, AlgoPerf", parameters, groups, structure=jax.tree.structure(m), notes=_NOTES)
+
+
+def _is_ours(node: Any) -> bool:
+    """Whether a node is our own state, restored as a dict."""
+    return isinstance(node, Mapping) and {"count", "mu_product", "m", "v"} <= set(node)
+
+
 def load_state(
     opt_state: Any,
     source: Any,
@@ -275,7 +337,7 @@ def load_state(
       opt_state: a fresh state of the optimizer that is to continue, at any depth of chains and wrappers; it is not
         changed.
       source: Optax's state, at any depth of chains and wrappers; also as the dicts and lists that Orbax without a
-        target, or Flax's ``to_state_dict``, makes of it.
+        target, or Flax's ``to_state_dict``, makes of it; or what :func:`read` returned.
       to_params: turns a tree like the other run's params into one like ours; by default they are the same.
       config: the hyperparameters of the optimizer that continues. Required, because Optax stores no product of the
         momenta.
@@ -299,13 +361,7 @@ def load_state(
       >>> int(optax.tree.get(state, "count"))
       1
     """
-    found = [node for node in jax.tree.leaves(source, is_leaf=_is_adam) if _is_adam(node)]
-    if len(found) != 1:
-        raise ValueError(_NOT_ONE.format(found=len(found)))
-    (adam,) = found
-    count, m, v = (adam[name] if isinstance(adam, Mapping) else getattr(adam, name) for name in _FIELDS)
-    checkpoint = Checkpoint("a ScaleByAdamState", validation.parse_count("count", count), None, m, v)
-    return load(opt_state, checkpoint.mapped(to_params), config)
+    return load(opt_state, Matched(read(source), to_params), config)
 
 
 def _is_adam(node: Any) -> bool:

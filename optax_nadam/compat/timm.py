@@ -12,16 +12,17 @@ import optax
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES
+from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat import _torch_groups as shared
+from optax_nadam.compat import _torch_read as reader
+from optax_nadam.compat._account import Checkpoint
 from optax_nadam.compat._common import as_number, build, cannot_express, config_of, rule_of
-from optax_nadam.compat._torch_leaves import Matched
-from optax_nadam.compat._torch_read import Layout, Source, nested, read, whole
-from optax_nadam.compat._torch_state import dump, groups_to_dump, load
+from optax_nadam.compat._match import Matched, load
+from optax_nadam.compat._torch_dump import check_real, dump, groups_to_dump
 
-__all__ = ["config_from", "config_to", "dump_state", "from_groups", "load_state", "nadamlegacy", "nadamw"]
+__all__ = ["config_from", "config_to", "dump_state", "from_groups", "load_state", "nadamlegacy", "nadamw", "read"]
 
-_NADAMW = Layout("timm.optim.NAdamW", product=None)
-_LEGACY = Layout("timm.optim.NAdamLegacy", product="m_schedule", python_numbers=True)
+_NADAMW, _LEGACY = "timm.optim.NAdamW", "timm.optim.NAdamLegacy"
 _NAMES = {
     **shared.NAMES,
     "weight_decay_peak_learning_rate": "max_lr_snapshot",
@@ -153,14 +154,18 @@ def nadamlegacy(
     return build(shared.parse_lr(lr), _LEGACY_NAMES, _legacy_fields(betas, eps, weight_decay, schedule_decay))
 
 
-def config_from(config: Mapping[str, Any]) -> NadamConfig:
+def config_from(
+    config: Mapping[str, Any] | Checkpoint, *, learning_rate: float | ScheduleConfig | None = None
+) -> NadamConfig:
     """The hyperparameters of a parameter group of ``NAdamW``, or of ``NAdamLegacy`` where it has ``schedule_decay``.
 
-    The learning rate is the group's current one; what a scheduler noted in the group, such as ``initial_lr`` and
-    ``lr_scale``, is not read. Groups of older releases, which lack some keys of NAdamW, are read as timm reads them.
+    Groups of older releases, and of AlgoPerf's NAdamW for torch, which lack some keys of NAdamW, are read as timm reads
+    them. What a scheduler notes in a group besides ``initial_lr``, such as ``lr_scale``, is not read.
 
     Args:
-      config: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
+      config: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``; or what
+        :func:`read` returned, all of whose groups must have the same hyperparameters.
+      learning_rate: as in :func:`optax_nadam.compat.torch.config_from`.
 
     Returns:
       The config. It builds what :func:`nadamw` or :func:`nadamlegacy` builds.
@@ -184,13 +189,21 @@ def config_from(config: Mapping[str, Any]) -> NadamConfig:
 
     Source: ``timm/optim/nadamw.py`` and ``nadam.py`` of timm 1.0.31.
     """
-    if _layout_of([config]) is _LEGACY:
-        shared.check_group(f"{_LEGACY.optimizer} group", config, _LEGACY_NUMBERS, _LEGACY_NUMBERS)
-        given = {name: as_number(config[name]) for name in _LEGACY_NUMBERS}
-        return config_of(_LEGACY_NAMES, {"learning_rate": shared.parse_lr(given.pop("lr")), **_legacy_fields(**given)})
+    if isinstance(config, Checkpoint):
+        return config.config_with(learning_rate)
+    if "schedule_decay" in config:
+        shared.check_group(f"{_LEGACY} group", config, _LEGACY_NUMBERS, _LEGACY_NUMBERS)
+        given = {name: as_number(config[name]) for name in _LEGACY_NUMBERS[1:]}
+        lr = shared.learning_rate_of(f"{_LEGACY} group", config, learning_rate)
+        return config_of(_LEGACY_NAMES, {"learning_rate": lr, **_legacy_fields(**given)})
     _check_nadamw_group(config)
-    given = {name: as_number(config.get(name, _CHOICES.get(name))) for name in (*_NUMBERS, *_CHOICES)}
-    return config_of(_NAMES, {"learning_rate": shared.parse_lr(given.pop("lr")), **_nadamw_fields(**given)})
+    given = {name: as_number(config.get(name, _CHOICES.get(name))) for name in (*_NUMBERS[1:], *_CHOICES)}
+    lr = shared.learning_rate_of(f"{_NADAMW} group", config, learning_rate)
+    return config_of(_NAMES, {"learning_rate": lr, **_nadamw_fields(**given)})
+
+
+def _parse(group: Mapping[str, Any], learning_rate: Any) -> NadamConfig:
+    return config_from(group, learning_rate=learning_rate)
 
 
 def config_to(config: NadamConfig) -> dict[str, Any]:
@@ -225,11 +238,48 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
     return _nadamw_group(config) if rule == RULES["simplified"] else _legacy_group(config)
 
 
+def read(
+    source: Any,
+    *,
+    names: Sequence[str] | None = None,
+    weights: Mapping[str, Any] | Sequence[Any] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    steps_per_epoch: int | None = None,
+    lr_scheduler_type: str | None = None,
+    **scheduler_arguments: Any,
+) -> Checkpoint:
+    """What a checkpoint holds, as :func:`optax_nadam.compat.torch.read` reads it.
+
+    The schedulers of timm itself are not read: pass ``learning_rate`` to :func:`from_groups`.
+
+    Examples:
+      >>> import numpy as np
+      >>> from optax_nadam import NadamConfig, compat
+      >>> group = compat.timm.config_to(NadamConfig(rule="simplified", learning_rate=0.01))
+      >>> moments = {"exp_avg": np.ones((2, 3)), "exp_avg_sq": np.ones((2, 3))}
+      >>> source = {"state": {0: {"step": 3.0, **moments}}, "param_groups": [{**group, "params": [0]}]}
+      >>> compat.timm.read(source).count
+      3
+    """
+    request = reader.Request(scheduler, steps_per_epoch, lr_scheduler_type, scheduler_arguments)
+    return reader.read(source, _layout_of, names, weights, request)
+
+
+def _layout_of(groups: Sequence[Mapping[str, Any]]) -> reader.Layout:
+    """What the optimizer of these groups stores."""
+    return _LEGACY_LAYOUT if any("schedule_decay" in group for group in groups) else _NADAMW_LAYOUT
+
+
+_NADAMW_LAYOUT = reader.Layout(_NADAMW, product=None, parse=_parse, version="timm, or AlgoPerf for torch")
+_LEGACY_LAYOUT = reader.Layout(_LEGACY, product="m_schedule", parse=_parse, version="timm", python_numbers=True)
+
+
 def from_groups(
-    param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Checkpoint,
     to_params: Callable[[Any], Any],
     *,
     names: Sequence[str] | None = None,
+    learning_rate: optax.ScalarOrSchedule | ScheduleConfig | None = None,
     weights: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a whole checkpoint, as :func:`optax_nadam.compat.torch.from_groups` makes it of torch's.
@@ -246,8 +296,8 @@ def from_groups(
       >>> float(updates["w"][0, 0]) < 0, float(updates["b"][0])
       (True, -0.0)
     """
-    found = _read(whole(param_groups), names, weights)
-    return shared.optimizer_of(Matched(found, to_params), [config_from(group) for group in found.groups])
+    found = reader.read(reader.whole(param_groups), _layout_of, names, weights)
+    return shared.optimizer_of(found, to_params, learning_rate)
 
 
 def load_state(
@@ -281,10 +331,9 @@ def load_state(
       >>> int(optax.tree.get(state, "count")), optax.tree.get(state, "m")["kernel"].shape
       (7, (3, 2))
     """
-    found = _read(source, names, weights)
-    needed = config is None and found.layout.product is None
-    configs = [config_from(group) if needed else config for group in found.groups]
-    return load(opt_state, Matched(found, to_params), configs, mismatch)
+    check_real(opt_state, _NADAMW)
+    found = reader.read(source, _layout_of, names, weights)
+    return load(opt_state, Matched(found, to_params), config, mismatch)
 
 
 def dump_state(
@@ -315,22 +364,12 @@ def dump_state(
     return dump(opt_state, from_params, groups, _layout_of(groups), params, as_tensor)
 
 
-def _read(source: Any, names: Sequence[str] | None, weights: Mapping[str, Any] | Sequence[Any] | None) -> Source:
-    """A checkpoint of either optimizer."""
-    checkpoint = nested(source, _NADAMW.optimizer)
-    return read(checkpoint, _layout_of(checkpoint["param_groups"]), names, weights)
-
-
-def _layout_of(groups: Sequence[Mapping[str, Any]]) -> Layout:
-    """What the optimizer of these groups stores."""
-    return _LEGACY if any("schedule_decay" in group for group in groups) else _NADAMW
-
-
 def _check_nadamw_group(group: Mapping[str, Any]) -> None:
     """Rejects what is no group of ``NAdamW``."""
-    what = f"{_NADAMW.optimizer} group"
-    # Other optimizers of timm have groups with the numbers alone.
-    shared.check_group(what, group, (*_NUMBERS, "maximize", "capturable"), (*_NUMBERS, *_CHOICES, *_EXECUTION))
+    what = f"{_NADAMW} group"
+    others = {*_CHOICES, *_EXECUTION} - {"foreach"}
+    required = (*_NUMBERS, "maximize", "capturable") if others & set(group) else _NUMBERS  # of others of timm's, some
+    shared.check_group(what, group, required, (*_NUMBERS, *_CHOICES, *_EXECUTION))
     if group.get("corrected_weight_decay") and group.get("max_lr_snapshot") is None:
         raise ValueError(f"{what} with corrected_weight_decay lacks max_lr_snapshot: add the lr it was made with.")
 
@@ -373,9 +412,9 @@ def _legacy_fields(betas: Any, eps: Any, weight_decay: Any, schedule_decay: Any)
 
 def _nadamw_group(config: NadamConfig) -> dict[str, Any]:
     """The group of ``NAdamW``."""
-    shared.check_fields(config, _NADAMW.optimizer, _NADAMW_FIELDS)
+    shared.check_fields(config, _NADAMW, _NADAMW_FIELDS)
     if config.weight_decay and config.coupled_weight_decay:
-        raise cannot_express(_NADAMW.optimizer, "coupled_weight_decay", True, _DECOUPLED)
+        raise cannot_express(_NADAMW, "coupled_weight_decay", True, _DECOUPLED)
     peak = config.weight_decay_peak_learning_rate
     return {
         **shared.shared_arguments(config),
@@ -390,7 +429,7 @@ def _nadamw_group(config: NadamConfig) -> dict[str, Any]:
 
 def _legacy_group(config: NadamConfig) -> dict[str, Any]:
     """The group of ``NAdamLegacy``."""
-    shared.check_fields(config, _LEGACY.optimizer, _LEGACY_FIELDS)
+    shared.check_fields(config, _LEGACY, _LEGACY_FIELDS)
     if config.weight_decay and not config.coupled_weight_decay:
-        raise cannot_express(_LEGACY.optimizer, "coupled_weight_decay", False, _COUPLED)
+        raise cannot_express(_LEGACY, "coupled_weight_decay", False, _COUPLED)
     return {**shared.shared_arguments(config), "schedule_decay": config.momentum_decay}

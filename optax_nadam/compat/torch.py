@@ -1,8 +1,10 @@
 """``torch.optim.NAdam``: its constructor, its parameter groups and its checkpoints, under its own names.
 
-torch itself is not needed: checkpoints are dicts of whatever NumPy can read.
+Parameter groups and checkpoints of ``torch.optim.Adam`` and ``AdamW`` are read too, as ``rule="adam"``. torch itself is
+not needed, except for reading files: checkpoints are dicts of whatever NumPy can read.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,17 +14,20 @@ import optax
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES
+from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat import _torch_groups as shared
+from optax_nadam.compat import _torch_read as reader
+from optax_nadam.compat._account import Checkpoint
 from optax_nadam.compat._common import as_number, build, cannot_express, config_of, rule_of
-from optax_nadam.compat._torch_leaves import Matched
-from optax_nadam.compat._torch_read import Layout, read, whole
-from optax_nadam.compat._torch_state import dump, groups_to_dump, load
+from optax_nadam.compat._match import Matched, load
+from optax_nadam.compat._torch_dump import check_real, dump, groups_to_dump
+from optax_nadam.compat._torch_schedules import schedule_from
 
-__all__ = ["config_from", "config_to", "dump_state", "from_groups", "load_state", "nadam"]
+__all__ = ["config_from", "config_to", "dump_state", "from_groups", "load_state", "nadam", "read", "schedule_from"]
 
-_OPTIMIZER = "torch.optim.NAdam"
-_LAYOUT = Layout(_OPTIMIZER, product="mu_product")
+_OPTIMIZER, _ADAM = "torch.optim.NAdam", "torch.optim.Adam or AdamW"
 _NUMBERS = ("lr", "betas", "eps", "weight_decay", "momentum_decay")
+_ADAM_NUMBERS = ("lr", "betas", "eps", "weight_decay", "amsgrad")
 _CHOICES = ("decoupled_weight_decay", "maximize")
 _EXECUTION = {"foreach": None, "capturable": False, "differentiable": False}
 # So large that the momentum is b1 from the first step on.
@@ -30,6 +35,11 @@ _NO_WARMUP = 1e4
 _OTHER_RULE = (
     "It follows 'scheduled' since torch 2.0, or 'constant': pass dataclasses.replace(config, rule='scheduled')."
 )
+_NOT_DECOUPLED = (
+    "{what} has weight_decay={decay!r} and no key decoupled_weight_decay, which tells Adam from AdamW since torch 2.6."
+    " Add it: True for AdamW, False for Adam."
+)
+_AMSGRAD = "It has no maximum of second moments: train without, or continue the run in torch."
 _WRONG_STEP = "The differentiable step of torch 2.0 was wrong; pass rule='scheduled' for the right one."
 
 
@@ -93,27 +103,36 @@ def nadam(
     return build(shared.parse_lr(lr), shared.NAMES, fields)
 
 
-def config_from(config: Mapping[str, Any], *, rule: str | None = None) -> NadamConfig:
-    """The hyperparameters of a parameter group of ``torch.optim.NAdam``.
+def config_from(
+    config: Mapping[str, Any] | Checkpoint,
+    *,
+    rule: str | None = None,
+    learning_rate: float | ScheduleConfig | None = None,
+) -> NadamConfig:
+    """The hyperparameters of a parameter group of ``torch.optim.NAdam``, or of ``Adam`` or ``AdamW``.
 
-    The learning rate is the group's current one; what a scheduler noted in the group, such as ``initial_lr``, is not
-    read. Groups of torch 1.10 to 1.13, which lack the key ``differentiable``, get the rule ``torch1``, as those
-    versions divided by another product of momenta; but not with ``foreach=True``, which was right even then.
+    Groups of torch 1.10 to 1.13, which lack the key ``differentiable``, get the rule ``torch1``, as those versions
+    divided by another product of momenta; but not with ``foreach=True``, which was right even then. Groups of Adam and
+    AdamW, which have the key ``amsgrad``, get the rule ``adam``.
 
     Args:
-      config: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``.
+      config: an entry of ``optimizer.param_groups`` or of ``optimizer.state_dict()["param_groups"]``; or what
+        :func:`read` returned, all of whose groups must have the same hyperparameters.
       rule: ``"scheduled"`` for the step of torch 2, ``"torch1"`` for that of torch 1, or None to go by the keys.
+      learning_rate: a number, or a schedule of the steps taken; None for that of the checkpoint, whose schedule
+        :func:`read` knows, or else for the group's current one.
 
     Returns:
       The config, with ``complex_as_real`` set, which builds what :func:`nadam` builds.
 
     Raises:
-      ValueError: a key is missing or unknown, a number is out of range, or the group is of a differentiable optimizer
-        of torch 2.0, whose step was neither rule.
+      ValueError: a key is missing or unknown, a number is out of range, groups differ, the group's ``lr`` is 0 as a
+        scheduler has set it, or the group is of a differentiable optimizer of torch 2.0, whose step was neither rule.
       TypeError: a value that is not a number.
 
     Warns:
-      UserWarning: a key that torch does not read is ignored, or ``OneCycleLR`` has cycled ``betas[0]``.
+      UserWarning: a scheduler sets the learning rate, and there is no schedule; a key that torch does not read is
+        ignored; ``OneCycleLR`` has cycled ``betas[0]``.
 
     Examples:
       >>> from optax_nadam.compat import torch as torch_names
@@ -124,14 +143,43 @@ def config_from(config: Mapping[str, Any], *, rule: str | None = None) -> NadamC
       >>> config.rule, config.weight_decay, config.coupled_weight_decay
       ('scheduled', 0.1, False)
 
-    Source: ``torch/optim/nadam.py`` of torch 1.13, 2.0, 2.1 and 2.13.
+    Source: ``torch/optim/nadam.py`` of torch 1.13, 2.0, 2.1 and 2.13; ``adam.py`` and ``adamw.py`` of 2.13.
     """
+    if isinstance(config, Checkpoint):
+        chosen = config.config_with(learning_rate)
+        return chosen if rule is None else dataclasses.replace(chosen, rule=rule)
+    if _is_adam(config):
+        return _adam_config(config, rule, learning_rate)
     shared.check_group(f"{_OPTIMIZER} group", config, _NUMBERS, (*_NUMBERS, *_CHOICES, *_EXECUTION))
-    if rule not in (None, "scheduled", "torch1"):
-        raise ValueError(f"rule must be None, 'scheduled' or 'torch1', got {rule!r}.")
-    given = {name: as_number(config.get(name, False)) for name in (*_NUMBERS, *_CHOICES)}
-    lr = shared.parse_lr(given.pop("lr"))
+    if rule is not None:
+        validation.check_choice("rule", rule, ("scheduled", "torch1"))
+    given = {name: as_number(config.get(name, False)) for name in (*_NUMBERS[1:], *_CHOICES)}
+    lr = shared.learning_rate_of(f"{_OPTIMIZER} group", config, learning_rate)
     return config_of(shared.NAMES, {"learning_rate": lr, "rule": rule or _rule_by_keys(config), **_fields(**given)})
+
+
+def _parse(group: Mapping[str, Any], learning_rate: Any) -> NadamConfig:
+    return config_from(group, learning_rate=learning_rate)
+
+
+def _is_adam(group: Mapping[str, Any]) -> bool:
+    return "amsgrad" in group and "momentum_decay" not in group
+
+
+def _adam_config(group: Mapping[str, Any], rule: str | None, learning_rate: Any) -> NadamConfig:
+    """The config of a group of ``Adam`` or ``AdamW``."""
+    what = f"{_ADAM} group"
+    shared.check_group(what, group, _ADAM_NUMBERS, (*_ADAM_NUMBERS, *_CHOICES, *_EXECUTION, "fused"))
+    if rule is not None:
+        validation.check_choice("rule", rule, ("adam",))
+    if group["amsgrad"]:
+        raise cannot_express("optax_nadam", "amsgrad", group["amsgrad"], _AMSGRAD)
+    decay, is_decoupled = as_number(group["weight_decay"]), group.get("decoupled_weight_decay")
+    if decay and is_decoupled is None:
+        raise ValueError(_NOT_DECOUPLED.format(what=what, decay=decay))
+    maximize, lr = as_number(group.get("maximize", False)), shared.learning_rate_of(what, group, learning_rate)
+    fields = _fields(group["betas"], as_number(group["eps"]), decay, 0.004, bool(is_decoupled), maximize)
+    return config_of(shared.NAMES, {"learning_rate": lr, "rule": "adam", **fields})
 
 
 def config_to(config: NadamConfig) -> dict[str, Any]:
@@ -172,25 +220,92 @@ def config_to(config: NadamConfig) -> dict[str, Any]:
     }
 
 
+def read(
+    source: Any,
+    *,
+    names: Sequence[str] | None = None,
+    weights: Mapping[str, Any] | Sequence[Any] | None = None,
+    scheduler: Mapping[str, Any] | None = None,
+    steps_per_epoch: int | None = None,
+    lr_scheduler_type: str | None = None,
+    **scheduler_arguments: Any,
+) -> Checkpoint:
+    """What a checkpoint holds: print it before anything is loaded, and pass it wherever a source is taken.
+
+    Args:
+      source: as in :func:`load_state`; also the path of a file, of a checkpoint of the Trainer of transformers or of
+        what ``save_state`` of accelerate wrote, all read by torch, and a whole checkpoint of Lightning.
+      names: as in :func:`load_state`.
+      weights: as in :func:`load_state`.
+      scheduler: what ``state_dict()`` of the learning rate scheduler returned; None for that in ``source``, if any.
+      steps_per_epoch: steps of the optimizer for each step of the scheduler, where it steps once an epoch.
+      lr_scheduler_type: the name of a schedule of transformers, whose state holds no formula, as ``linear`` or
+        ``cosine``; see :func:`schedule_from`.
+      scheduler_arguments: its arguments, ``num_warmup_steps`` and so on. ``num_training_steps`` is read from a
+        checkpoint of the Trainer.
+
+    Returns:
+      A :class:`Checkpoint`: steps, moments, groups, schedule. Its ``select`` leaves parameters out.
+
+    Raises:
+      ValueError: something in the source does not balance; the text names the entries and what to do.
+      ImportError: a file is to be read, and torch is not installed.
+
+    Examples:
+      >>> import numpy as np
+      >>> from optax_nadam import NadamConfig, compat
+      >>> entry = {"step": 3.0, "mu_product": 0.09, "exp_avg": np.ones((2, 3)), "exp_avg_sq": np.ones((2, 3))}
+      >>> group = {**compat.torch.config_to(NadamConfig(learning_rate=0.01)), "params": [0], "param_names": ["w"]}
+      >>> found = compat.torch.read({"state": {0: entry}, "param_groups": [group]})
+      >>> print(found)
+      optimizer     torch.optim.NAdam (torch 1.10 or later)
+      steps         3
+      parameters    1, 6 numbers in the moments
+      names         w
+      group 0       1 parameters, 6 numbers; lr=0.01, betas=(0.9, 0.999), eps=1e-07, weight_decay=0.0, momentum_decay=0.004
+      learning rate no schedule stored
+      product       0.09, stored
+      weights       not in the checkpoint
+      not stored    gradient clipping
+      >>> found.config.learning_rate
+      0.01
+    """
+    request = reader.Request(scheduler, steps_per_epoch, lr_scheduler_type, scheduler_arguments)
+    return reader.read(source, _layout_of, names, weights, request)
+
+
+def _layout_of(groups: Sequence[Mapping[str, Any]]) -> reader.Layout:
+    """What the optimizer of these groups stores."""
+    return _ADAM_LAYOUT if any(map(_is_adam, groups)) else _NADAM_LAYOUT
+
+
+_NADAM_LAYOUT = reader.Layout(_OPTIMIZER, product="mu_product", parse=_parse, version="torch 1.10 or later")
+_ADAM_LAYOUT = reader.Layout(_ADAM, product=None, parse=_parse, version="torch 1.12 or later", ignored=("mu_product",))
+
+
 def from_groups(
-    param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+    param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]] | Checkpoint,
     to_params: Callable[[Any], Any],
     *,
     names: Sequence[str] | None = None,
+    learning_rate: optax.ScalarOrSchedule | ScheduleConfig | None = None,
     weights: Mapping[str, Any] | Sequence[Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a whole checkpoint, however many parameter groups it has.
 
-    Groups that differ in weight decay only become one Nadam, with a mask for each weight decay. Others become an
-    ``optax.partition`` with a Nadam for each set of hyperparameters. Parameters that never stepped where others did
-    are frozen: ``optax.set_to_zero`` leaves them alone, as torch does. :func:`load_state` of the same
-    checkpoint then fills the optimizer's state in one call, each Nadam from its own leaves.
+    Groups that differ in weight decay only become one Nadam, with a mask for each weight decay. Others, and parameters
+    that took different numbers of steps, become an ``optax.partition`` with a Nadam for each. Parameters that never
+    stepped where others did are frozen: ``optax.set_to_zero`` leaves them alone, as torch does. :func:`load_state` of
+    the same checkpoint then fills the optimizer's state in one call, each Nadam from its own leaves.
 
     Args:
       param_groups: preferably the whole checkpoint, as :func:`load_state` takes it, which tells what is frozen and has
         the shapes of the parameters; or its ``param_groups`` alone, which need ``weights`` where they differ.
       to_params: as in :func:`load_state`.
       names: as in :func:`load_state`.
+      learning_rate: a number, or a schedule of the run's steps, of the first group; another group's is in the
+        proportion of its ``initial_lr`` (or ``lr``). None for that of the checkpoint, whose schedule :func:`read`
+        knows, or else for the current one.
       weights: as in :func:`load_state`; needed for parameters that never stepped. What is in ``weights``, but not in
         the optimizer, is frozen.
 
@@ -219,8 +334,8 @@ def from_groups(
       >>> float(updates["w"][0, 0]) < 0, float(updates["b"][0])
       (True, -0.0)
     """
-    found = read(whole(param_groups), _LAYOUT, names, weights)
-    return shared.optimizer_of(Matched(found, to_params), [config_from(group) for group in found.groups])
+    found = reader.read(reader.whole(param_groups), _layout_of, names, weights)
+    return shared.optimizer_of(found, to_params, learning_rate)
 
 
 def load_state(
@@ -235,15 +350,14 @@ def load_state(
 ) -> Any:
     """The optimizer state that continues where a ``torch.optim.NAdam`` stopped: the next step is torch's next.
 
-    Hyperparameters are not read: build the optimizer with :func:`from_groups`, :func:`config_from` or a constructor
+    So it continues from ``Adam`` and ``AdamW`` with the rule ``adam``. Hyperparameters are not read: build the optimizer with :func:`from_groups`, :func:`config_from` or a constructor
     first. Where it has several Nadams (``optax.partition``), each gets the steps and moments of its own leaves.
     See "Every checkpoint" in the documentation for what to pass for which kind of file.
 
     Args:
       opt_state: the state that ``tx.init(params)`` made; it is not changed. The Nadam may be anywhere inside.
       source: what ``optimizer.state_dict()`` returned, or ``get_optimizer_state_dict`` of torch.distributed, flattened
-        or not, of torch 1.10 or later, with tensors or NumPy arrays inside; from a file, ``torch.load(path)`` or the
-        part of it that holds the optimizer.
+        or not, of torch 1.10 or later, with tensors or NumPy arrays inside; a path, or what :func:`read` returned.
       to_params: the function that turns the model's weights, NumPy arrays by name as in its ``state_dict()``, into
         the params tree, transposes and all. The moments have the shapes of the weights and go the same way. Where
         parameters have no names, it gets a list in the optimizer's order.
@@ -282,8 +396,9 @@ def load_state(
 
     Source: ``torch/optim/optimizer.py`` and ``nadam.py`` of torch 2.13.
     """
-    found = read(source, _LAYOUT, names, weights)
-    return load(opt_state, Matched(found, to_params), [config] * len(found.groups), mismatch)
+    check_real(opt_state, _OPTIMIZER)
+    found = reader.read(source, _layout_of, names, weights)
+    return load(opt_state, Matched(found, to_params), config, mismatch)
 
 
 def dump_state(
@@ -332,7 +447,7 @@ def dump_state(
     Source: ``torch/optim/optimizer.py`` and ``nadam.py`` of torch 2.13.
     """
     groups = groups_to_dump(None if config is None else config_to(config), param_groups)
-    return dump(opt_state, from_params, groups, _LAYOUT, params, as_tensor)
+    return dump(opt_state, from_params, groups, _NADAM_LAYOUT, params, as_tensor)
 
 
 def _fields(

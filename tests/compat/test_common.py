@@ -23,12 +23,12 @@ def test_torch_config_to_keras():
 
 
 def test_keras_to_torch():
-    weights = [np.array(7), np.float32(0.02), np.full((3, 2), 0.5, np.float32), np.full((3, 2), 0.25, np.float32)]
+    weights = [np.array(7), np.float32(0.00375), np.full((3, 2), 0.5, np.float32), np.full((3, 2), 0.25, np.float32)]
     params = {"kernel": np.zeros((3, 2), np.float32)}
     state = compat.keras.load_state(compat.torch.nadam().init(params), weights, lambda arrays: {"kernel": arrays[0]})
     dumped = compat.torch.dump_state(state, lambda tree: {"weight": tree["kernel"].T}, config=NadamConfig())
     entry = dumped["state"][0]
-    assert (int(entry["step"]), float(entry["mu_product"])) == (7, float(np.float32(0.02)))
+    assert (int(entry["step"]), float(entry["mu_product"])) == (7, float(np.float32(0.00375)))
     np.testing.assert_array_equal(entry["exp_avg"], np.full((2, 3), 0.5))
     np.testing.assert_array_equal(entry["exp_avg_sq"], np.full((2, 3), 0.25))
 
@@ -52,7 +52,7 @@ WAYS = {
     ),
     "keras": (
         lambda state: compat.keras.dump_state(state, as_list, config=NadamConfig(momentum_decay=1.0)),
-        lambda state, source: compat.keras.load_state(state, source, as_tree),
+        lambda state, source: compat.keras.load_state(state, source, as_tree, config=NadamConfig()),
     ),
     "keras weights": (
         lambda state: compat.keras.get_weights(state, as_list),

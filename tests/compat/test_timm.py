@@ -112,7 +112,7 @@ def test_bad_arguments(make, arguments, kind, text):
 def test_every_key_of_nadamw():
     group = GROUP | {"lr": 0.5, "betas": [0.7, 0.8], "eps": 0.1, "weight_decay": 0.2, "clipping_threshold": 0.3}
     group |= {"caution": True, "maximize": True, "corrected_weight_decay": True, "max_lr_snapshot": 0.6}
-    group |= {"initial_lr": 9.0, "lr_scale": 0.5, "param_names": ["a"]}
+    group |= {"lr_scale": 0.5, "param_names": ["a"]}
     numbers: dict[str, Any] = {"learning_rate": 0.5, "b1": 0.7, "b2": 0.8, "eps": 0.1, "weight_decay": 0.2}
     numbers |= {"clip_by_gradient_rms": 0.3, "weight_decay_peak_learning_rate": 0.6}
     assert ours.config_from(group) == dataclasses.replace(SIMPLIFIED, cautious=True, maximize=True, **numbers)
@@ -270,5 +270,5 @@ def test_lagging_parameters():
 
 
 def test_no_checkpoint():
-    with pytest.raises(ValueError, match=r"source must be what timm.optim.NAdamW.state_dict\(\) returns"):
+    with pytest.raises(ValueError, match=r"source must be what optimizer.state_dict\(\) returns"):
         load({"state_dict": {}})

@@ -164,7 +164,7 @@ def test_every_key_is_read():
     }
     expected = NadamConfig(**numbers, coupled_weight_decay=True, complex_as_real=True)
     assert ours.config_from(group) == expected
-    group |= {"decoupled_weight_decay": True, "maximize": True, "initial_lr": 1.0, "param_names": ["a"]}
+    group |= {"decoupled_weight_decay": True, "maximize": True, "param_names": ["a"]}
     assert ours.config_from(group) == dataclasses.replace(expected, coupled_weight_decay=False, maximize=True)
 
 
@@ -189,7 +189,7 @@ def test_differentiable_of_torch_2_0():
         ours.config_from(group)
     assert ours.config_from(group, rule="scheduled").rule == "scheduled"
     assert ours.config_from(group | {"capturable": False}).rule == "scheduled"
-    with pytest.raises(ValueError, match=r"rule must be None, 'scheduled' or 'torch1', got 'constant'"):
+    with pytest.raises(ValueError, match=r"rule must be one of 'scheduled', 'torch1', got 'constant'"):
         ours.config_from(group, rule="constant")
 
 
@@ -415,7 +415,7 @@ def test_never_stepped():
 
 def test_weights_fill_up():
     checkpoint = RECORDED.checkpoint("checkpoint")
-    first = {**checkpoint, "param_groups": checkpoint["param_groups"][:1]}
+    first = {"state": {i: checkpoint["state"][i] for i in (0, 1)}, "param_groups": checkpoint["param_groups"][:1]}
 
     def to_params(arrays):
         return {name: arrays[name] for name in ORDER}
@@ -441,7 +441,7 @@ def test_fresh_checkpoint():
         ({"names": ["a", "b"]}, r"names must name the 4 parameters of the checkpoint, got 2 names"),
         ({"names": ["a", "a", "b", "b"]}, r"names must differ, got a, b more than once"),
         ({"mismatch": "smallest"}, r"mismatch must be one of 'raise', 'largest', got 'smallest'"),
-        ({"names": ["bias", "conv", "kernel", "scale"]}, r"m\['bias'\] has shape \(2, 2, 3\).*made for shape \(3,\)"),
+        ({"names": ["kernel", "conv", "bias", "scale"]}, r"at place 0 they are 'kernel' and 'conv'. Leave names out"),
     ],
 )
 def test_bad_options(options, text):

@@ -1,4 +1,4 @@
-"""From a checkpoint of torch's or timm's into an optimizer state, and back."""
+"""From an optimizer state to a checkpoint of torch's or timm's."""
 
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -8,22 +8,12 @@ import jax
 import numpy as np
 from jax import numpy as jnp
 
-from optax_nadam import _validation as validation
-from optax_nadam._config import NadamConfig
-from optax_nadam._load import put_counters
 from optax_nadam._state import KINDS, ScaleByNadamState, convert_moments, get_state
-from optax_nadam._tree import map_parts, nodes_of
-from optax_nadam._wrappers import as_pairs
-from optax_nadam.compat._common import Checkpoint, get_numbers, load_nadam
-from optax_nadam.compat._torch_leaves import NO_TAG, Matched, any_masked, filled, merged, select, the_tag
-from optax_nadam.compat._torch_read import Label, Layout, Parameter, labels_of, listed
+from optax_nadam._tree import nodes_of
+from optax_nadam.compat._account import Label, listed
+from optax_nadam.compat._match import NO_TAG, any_masked, filled, merged, the_tag
+from optax_nadam.compat._torch_read import Layout, labels_of
 
-_BEHIND = (
-    "the parameters differ in the steps they took: {differences}. One Nadam counts for all of its parameters. Pass"
-    " mismatch='largest' to take the largest step and its product of momenta for all, with the moments as they are (and"
-    " zero for what never stepped); or build the optimizer with from_groups(source, to_params), which has a Nadam for"
-    " each kind of parameter group and leaves alone what never stepped."
-)
 _COMPLEX = (
     "opt_state has complex moments, but {optimizer} treats the two parts of a complex number as separate numbers. Build"
     " the optimizer with complex_as_real=True, as compat.torch.nadam and compat.timm.nadamw do."
@@ -36,68 +26,6 @@ _ONE_OF_TWO = (
     "dump_state needs either config, for one group of all parameters, or param_groups, the groups of the optimizer that"
     " continues; got {got}."
 )
-
-
-def load(opt_state: Any, matched: Matched, configs: Sequence[NadamConfig | None], mismatch: str) -> Any:
-    """The optimizer state that continues from a checkpoint, each Nadam in it from its own parameters.
-
-    Args:
-      opt_state: the state of the optimizer that is to continue.
-      matched: the checkpoint.
-      configs: for each of its groups what a product of the momenta is computed from; None where it is stored.
-      mismatch: as in :func:`optax_nadam.compat.torch.load_state`.
-    """
-    validation.check_choice("mismatch", mismatch, ("raise", "largest"))
-    _check_real(opt_state, matched.found.layout)
-    loaded = map_parts(lambda part: _load_part(part, matched, configs, mismatch), opt_state, KINDS)
-    return put_counters(loaded, matched.found.steps)
-
-
-def _load_part(part: Any, matched: Matched, configs: Sequence[NadamConfig | None], mismatch: str) -> Any:
-    """The part of an optimizer state that has one Nadam; its counters of schedules as they are."""
-    like, found = get_state(part), matched.found
-    parameters = matched.parameters_of(like.m)
-    if not any(parameters.values()):
-        return _fresh(part, found.layout)
-    step, product = _progress(parameters, mismatch)
-    config = next(configs[found.group_of[label]] for label, p in parameters.items() if p is not None)
-    checkpoint = Checkpoint(found.layout.optimizer, step, product, *matched.moments, config)
-    return load_nadam(part, checkpoint.mapped(lambda tree: as_pairs(select("m", tree, like.m))), None)
-
-
-def _fresh(part: Any, layout: Layout) -> Any:
-    """The part of an optimizer state as it is before the first step."""
-    m, v = jax.tree.map(jnp.zeros_like, (get_numbers(part).m, get_numbers(part).v))
-    return load_nadam(part, Checkpoint(layout.optimizer, 0, 1.0, m, v), None)
-
-
-def _progress(parameters: Mapping[Label, Parameter | None], mismatch: str) -> tuple[int, float | None]:
-    """The step and the product that stand for all parameters: of the largest step, in the widest dtype."""
-    largest = max((p for p in parameters.values() if p), key=lambda p: (p.step, jnp.finfo(p.dtype).bits))
-    apart = {label: p for label, p in parameters.items() if p is None or not _same(p, largest)}
-    if apart and mismatch == "raise":
-        raise ValueError(_BEHIND.format(differences=_described(apart, len(parameters) - len(apart), largest)))
-    return largest.step, largest.product
-
-
-def _same(p: Parameter, largest: Parameter) -> bool:
-    """Whether two parameters took the same steps. torch rounds each product to the dtype of its parameter."""
-    if p.step != largest.step or p.product is None or largest.product is None:
-        return p.step == largest.step
-    dtype = jnp.finfo(p.dtype)
-    rtol = max(1e-4, p.step * float(dtype.eps) / 2)
-    return bool(np.isclose(p.product, largest.product, rtol=rtol, atol=max(1e-9, float(dtype.smallest_normal))))
-
-
-def _described(apart: Mapping[Label, Parameter | None], others: int, largest: Parameter) -> str:
-    def text(p: Parameter | None) -> str:
-        return "none" if p is None else f"{p.step}" + ("" if p.product is None else f" (product {p.product:.6g})")
-
-    kinds: dict[str, list[Label]] = {}
-    for label, parameter in apart.items():
-        kinds.setdefault(text(parameter), []).append(label)
-    behind = "; ".join(f"{listed(labels)} took {kind}" for kind, labels in kinds.items())
-    return f"{behind}; {others} others took {text(largest)}"
 
 
 def groups_to_dump(
@@ -120,7 +48,7 @@ def dump(
     as_tensor: Callable[[np.ndarray], Any] | None,
 ) -> dict[str, Any]:
     """The checkpoint of an optimizer state; of its groups, a single one without ``params`` gets all parameters."""
-    _check_real(opt_state, layout)
+    check_real(opt_state, layout.optimizer)
     states = list(nodes_of(convert_moments(opt_state, m_dtype=None, v_dtype=None), ScaleByNadamState))
     m, v = (_dumped([getattr(state, name) for state in states], from_params, params, 0.0) for name in ("m", "v"))
     owners = _owners(states, from_params, params, m)
@@ -190,8 +118,8 @@ def _dumped_labels(groups: list[dict[str, Any]], labels: list[Label]) -> tuple[l
     return wanted, ids
 
 
-def _check_real(opt_state: Any, layout: Layout) -> None:
+def check_real(opt_state: Any, optimizer: str) -> None:
     """Rejects a state without a Nadam, and one with complex moments."""
     states = list(nodes_of(opt_state, KINDS)) or [get_state(opt_state)]
     if any(jnp.iscomplexobj(leaf) for state in states for leaf in jax.tree.leaves(state.m)):
-        raise ValueError(_COMPLEX.format(optimizer=layout.optimizer))
+        raise ValueError(_COMPLEX.format(optimizer=optimizer))
