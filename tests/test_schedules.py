@@ -111,7 +111,7 @@ def test_values_by_formula(case):
 
 @pytest.mark.parametrize("t_mul", [1, 2, 3])
 def test_every_restart(t_mul):
-    """Up to a million steps; beside Keras' formula but at the restarts, where its logarithm may be off by one."""
+    """Up to a million steps, counted in whole numbers: a logarithm, even in float64, is off by one at some."""
     first, counts = 10, np.arange(10**6 + 1)
     starts = np.cumsum([0] + [first * t_mul**n for n in range(10**5 + 1 if t_mul == 1 else 20)])
     restarts = np.searchsorted(starts, counts, side="right") - 1

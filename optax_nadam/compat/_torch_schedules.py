@@ -64,7 +64,6 @@ class _Run(NamedTuple):
 
     place: int
     group: Mapping[str, Any] | None
-    base_lrs: Sequence[float]
     name: str | None
     arguments: Mapping[str, Any]
 
@@ -135,9 +134,8 @@ def schedules_of(
     """The schedule of each group, as :func:`schedule_from`."""
     _check_source(scheduler_state)
     _check_name(scheduler_state, name, arguments or {})
-    base_lrs = [as_number(lr) for lr in _first(scheduler_state, "base_lrs")]
-    groups = _groups(param_groups, len(base_lrs))
-    runs = [_Run(i, group, base_lrs, name, arguments or {}) for i, group in enumerate(groups)]
+    groups = _groups(param_groups, len(_first(scheduler_state, "base_lrs")))
+    runs = [_Run(i, group, name, arguments or {}) for i, group in enumerate(groups)]
     schedules = [_translate(scheduler_state, run) for run in runs]
     _check_account(scheduler_state, schedules, groups)
     _check_counts(_first(scheduler_state, "last_epoch"), count, steps_per_epoch)
@@ -342,7 +340,7 @@ def _of_transformers(state: Mapping[str, Any], base: float, run: _Run) -> Schedu
     unused = {"num_warmup_steps", "num_training_steps"} - set(signature.parameters)  # get_scheduler takes them for all
     arguments = without(run.arguments, unused)
     if "lr_init" in signature.parameters and arguments.get("lr_init") is None:
-        arguments["lr_init"] = base if len(set(run.base_lrs)) == 1 else None
+        arguments["lr_init"] = base if len({as_number(lr) for lr in state["base_lrs"]}) == 1 else None
     try:
         bound = signature.bind(base, **arguments)
     except TypeError as error:

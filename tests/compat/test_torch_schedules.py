@@ -38,6 +38,13 @@ def test_through_json():
     np.testing.assert_allclose([second(n) for n in counts], 0.02 * factors, rtol=1e-6)
 
 
+def test_one_rate_is_the_optimizers():
+    """lr_end is in proportion to the optimizer's rate, which is that of all groups; rates may be arrays."""
+    rates = {"base_lrs": [np.array(0.1), np.array(0.1)], "_last_lr": [np.array(0.055), np.array(0.055)]}
+    schedule = schedule_from(LAMBDA | rates, **LINEAR | {"name": "polynomial", "lr_end": 0.01})
+    np.testing.assert_allclose([schedule(n) for n in (0, 5, 10, 20)], [0.1, 0.055, 0.01, 0.01], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("source", "arguments", "text"),
     [

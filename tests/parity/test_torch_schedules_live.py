@@ -163,6 +163,12 @@ def named(case):
     return (make.name, make.arguments) if isinstance(make, Transformers) else (None, {})
 
 
+def read(saved, count, case, steps_per_epoch=None):
+    """The groups' schedules from a case's saved states."""
+    name, arguments = named(case)
+    return schedules_of(saved[0], saved[1], count, steps_per_epoch, name, arguments)
+
+
 def gap(schedules, rates):
     """The largest difference of the groups' schedules from rates, each in units of its group's own."""
     counts = np.arange(len(rates))
@@ -175,18 +181,18 @@ def gap(schedules, rates):
 def test_every_step(case):
     rates, states = follow(CASES[case])
     counts = [0, 4, len(rates) // 2, len(rates) - 1]
-    read = [schedules_of(*states[count], count, None, *named(case)) for count in counts]
-    read += [schedules_of(*json.loads(json.dumps(states[count])), count, None, *named(case)) for count in counts]
-    assert all(schedules == read[0] for schedules in read)
-    assert gap(read[0], rates) < BOUND
+    schedules, *others = [
+        read(saved, count, case) for count in counts for saved in (states[count], json.loads(json.dumps(states[count])))
+    ]
+    assert all(other == schedules for other in others)
+    assert gap(schedules, rates) < BOUND
 
 
 @pytest.mark.parametrize("case", ["milestones, one twice", "warm-up then cosine", "transformers linear"])
 def test_steps_of_epochs(case):
     rates, states = follow(CASES[case], steps_per_epoch=3)
     for count in (0, 4, 69):
-        schedules = schedules_of(*states[count], count, 3, *named(case))
-        assert gap(schedules, rates) < BOUND
+        assert gap(read(states[count], count, case, steps_per_epoch=3), rates) < BOUND
 
 
 def test_rates_in_tensors():
@@ -201,7 +207,8 @@ def test_rates_in_tensors():
     file = io.BytesIO()
     torch.save(states[33], file)
     file.seek(0)
-    assert gap(schedules_of(*torch.load(file), 33), rates) < BOUND
+    state, groups = torch.load(file)
+    assert gap(schedules_of(state, groups, 33), rates) < BOUND
 
 
 def fractions(o):
