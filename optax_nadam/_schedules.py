@@ -267,8 +267,11 @@ def cosine_decay(
 
 
 def _join(schedules: Sequence[optax.Schedule], boundaries: Sequence[Any]) -> optax.Schedule:
-    """Optax's, which takes fractions as well as whole numbers."""
-    return optax.join_schedules(schedules, boundaries)
+    """Optax's, which is for whole boundaries; a count is a float before it meets a fraction."""
+    joined_at = optax.join_schedules(schedules, boundaries)
+    if all(isinstance(boundary, int) for boundary in boundaries):
+        return joined_at
+    return lambda count: joined_at(jnp.asarray(count, float))
 
 
 def cosine_decay_restarts(
