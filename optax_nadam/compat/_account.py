@@ -246,8 +246,10 @@ class Checkpoint:
           A checkpoint. Its parameters without names are numbered anew.
 
         Raises:
-          ValueError: the checkpoint has no such parameter.
+          ValueError: the checkpoint has no such parameter, or its moments are in a tree.
         """
+        if self.structure is not None:
+            raise ValueError("select is for parameters by name or in order; of a tree, pass the part that is wanted.")
         chosen = list(labels)
         unknown = [label for label in chosen if label not in self.parameters]
         if unknown:

@@ -21,8 +21,8 @@ from optax_nadam._wrappers import as_pairs
 from optax_nadam.compat._account import Checkpoint, Group, Label, Parameter, listed
 
 _UNNAMED = (
-    "to_params got a list of {count} arrays in the optimizer's order, since the checkpoint does not name its"
-    " parameters, and failed: {error}. If it takes arrays by name, pass names=[n for n, _ in model.named_parameters()];"
+    "to_params got a list of {count} arrays in the optimizer's order, because the checkpoint does not name its"
+    " parameters, and failed: {error}. If it takes arrays by name, pass names=[n for n, _ in model.named_parameters()] to read or load_state;"
     " where the optimizer has several groups, the names of one group after another, as they went into it."
 )
 _ABSENT = (
@@ -47,9 +47,12 @@ _NO_NADAM = (
     "no Nadam in opt_state has {leaf}, so that its shape is not there. Pass params, the tree that"
     " the optimizer updates."
 )
+_SELECT = (
+    " If the params lack some of the checkpoint's parameters, name those that they have: pass read(source).select([...])"
+    " as the source."
+)
 _LEFT_OUT = (
-    "to_params must put each number of the checkpoint's moments into the params, but it leaves out {lost}. If the params"
-    " lack these parameters, choose the others: read(source).select({others})."
+    "to_params must put each number of the checkpoint's moments into the params, but it leaves out {lost}." + _SELECT
 )
 _OTHER_NUMBERS = (
     "to_params must rearrange the arrays that it gets, as it does with the model's weights: what it returns for the"
@@ -69,9 +72,9 @@ _CONSTANT = (
     "the learning rate of the run had a schedule, and the optimizer that continues has a constant one. Pass"
     " learning_rate=, a schedule of the run's steps, to from_groups, to config_from(...).build or to the constructor."
 )
-_OTHER_LEAVES = (
-    "{error} The moments come from a checkpoint: if they are of the right model, to_params put them on the wrong"
-    " leaves, as it does with names in another order than the optimizer's parameters (group after group)."
+_OTHER_TREE = (
+    "to_params must make of the checkpoint's moments a tree like the params, as it does of the weights, but {difference}."
+    " If names were passed, they must be in the order of the optimizer's parameters, group after group." + _SELECT
 )
 NO_TAG = -1  # of what no Nadam has
 _LARGEST_TAG = 256  # the last whole number that bfloat16 has, and all before it
@@ -114,7 +117,7 @@ class Matched:
         if not any_masked(moments) or not self.found.stepped:
             return self.found.parameters
         tags, tree = self._owners
-        leaves = jax.tree.leaves(select("m", tree, moments))
+        leaves = jax.tree.leaves(self.selected(tree, moments))
         own = set().union(*(tags_in(leaf, {NO_TAG, *tags.values()}) for leaf in leaves))
         return {label: parameter for label, parameter in self.found.parameters.items() if tags[label] in own}
 
@@ -125,6 +128,14 @@ class Matched:
         numbers = {kind: 1 + i for i, kind in enumerate(dict.fromkeys(kinds.values()))}
         tags = {label: numbers[kind] for label, kind in kinds.items()}
         return tags, self.tagged(dict.fromkeys(self.found.given_weights, NO_TAG) | tags)
+
+    def selected(self, tree: Any, like: Any) -> Any:
+        """The tree in the containers of the moments ``like``, with a masked node where these have one."""
+        found, wanted = by_name(tree), by_name(like, is_leaf=lambda node: is_masked(node) or is_pair(node))
+        own = {label: node.real if is_pair(node) else node for label, node in wanted.items() if not is_masked(node)}
+        if difference := _difference(found, own, wanted):
+            raise ValueError(_OTHER_TREE.format(difference=difference))
+        return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_pair), [found[label] for label in own])
 
     def _filled(self, numbers: Mapping[Label, float]) -> dict[Label, np.ndarray]:
         """Arrays like the parameters, each full of its number."""
@@ -155,8 +166,7 @@ class Matched:
             form = "a dict by name" if self.found.is_named else f"a list of {len(shapes)} arrays"
             raise ValueError(_OTHER_NUMBERS.format(form=form))
         if lost:
-            others = [label for label in shapes if label not in lost]
-            raise ValueError(_LEFT_OUT.format(lost=listed(lost), others=others if len(others) < 9 else "[...]"))
+            raise ValueError(_LEFT_OUT.format(lost=listed(lost)))
 
 
 def _numbered(labels: Iterable[Label]) -> dict[Label, int]:
@@ -209,11 +219,8 @@ def _load_part(part: Any, matched: Matched, config: NadamConfig | None, mismatch
     if product is None:
         group = found.groups[next(found.group_of[label] for label, p in parameters.items() if p is not None)]
         product = product_after(step, config or _config_of(found, group))
-    m, v = (as_pairs(select("m", tree, like.m)) for tree in matched.moments)
-    try:
-        return put_state(part, count=step, mu_product=product, m=m, v=v)
-    except ValueError as error:
-        raise ValueError(_OTHER_LEAVES.format(error=error)) from None
+    m, v = (as_pairs(matched.selected(tree, like.m)) for tree in matched.moments)
+    return put_state(part, count=step, mu_product=product, m=m, v=v)
 
 
 def _config_of(found: Checkpoint, group: Group) -> NadamConfig:
@@ -284,14 +291,14 @@ def any_masked(tree: Any) -> bool:
     return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
 
 
-def select(name: str, tree: Any, like: Any) -> Any:
-    """The tree in the containers of the moments ``like``, with a masked node where these have one."""
-    found, wanted = by_name(tree), by_name(like, is_leaf=lambda node: is_masked(node) or is_pair(node))
-    needed = {label for label, node in wanted.items() if not is_masked(node)}
-    if not needed <= found.keys() <= wanted.keys():
-        validation.check_structure(name, tree, like)
-    leaves = [found[label] for label, node in wanted.items() if not is_masked(node)]
-    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_pair), leaves)
+def _difference(found: Mapping[Any, Any], own: Mapping[Any, Any], wanted: Mapping[Any, Any]) -> str:
+    """How the leaves that ``to_params`` made differ from those of the params, by name."""
+    missing, extra = own.keys() - found.keys(), found.keys() - wanted.keys()
+    texts = [f"it lacks {listed(sorted(map('/'.join, missing)))}"] if missing else []
+    texts += [f"the params have no {listed(sorted(map('/'.join, extra)))}"] if extra else []
+    shapes = {label: (np.shape(found[label]), node.shape) for label, node in own.items() if label in found}
+    others = [f"{'/'.join(label)!r} has shape {x}, the params {y}" for label, (x, y) in shapes.items() if x != y]
+    return "; ".join(texts or others[:3])
 
 
 def filled(tree: Any, number: float) -> Any:

@@ -31,7 +31,10 @@ from optax_nadam.compat._torch_files import Opened, opened
 from optax_nadam.compat._torch_schedules import schedules_of
 
 
-_MISSING = "state of parameter {label!r} lacks {missing}: it was not written by {optimizer}."
+_MISSING = (
+    "state of parameter {label!r} lacks {missing}: it was not written by {optimizer}. compat.torch reads NAdam, Adam and"
+    " AdamW; compat.timm NAdamW and NAdamLegacy of timm, and AlgoPerf's for torch."
+)
 _SHARDED = (
     "state of parameter {label!r} holds a DTensor, one shard of an array. Save what torch.distributed.checkpoint."
     "state_dict.get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True)) returns."

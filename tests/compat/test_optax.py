@@ -162,7 +162,7 @@ def test_lists_by_name():
     state = compat.optax.load_state(tx.init(params), {"count": 1, "mu": moments, "nu": moments}, config=CONSTANT)
     chex.assert_trees_all_equal(state[0].m, (jnp.full(2, 0.5), {"w": jnp.full(3, 0.25)}))
     other = [np.full(2, 0.5), {"v": np.full(3, 0.25)}]
-    with pytest.raises(ValueError, match=r"m differ in structure.*missing \[1\]\['w'\]; unexpected \[1\]\['v'\]"):
+    with pytest.raises(ValueError, match=r"it lacks '1/w'; the params have no '1/v'"):
         compat.optax.load_state(tx.init(params), {"count": 1, "mu": other, "nu": other}, config=CONSTANT)
 
 
@@ -195,7 +195,7 @@ def test_to_params_transposes():
     state = compat.optax.load_state(tx.init(transposed(params)), running, transposed, config=CONSTANT)
     chex.assert_trees_all_equal(state[0].m, transposed(running[0].mu))
     chex.assert_trees_all_equal(compat.optax.dump_state(state, transposed).mu, running[0].mu)
-    with pytest.raises(ValueError, match=r"m\['kernel'\] has shape \(4, 3\).*made for shape \(3, 4\)"):
+    with pytest.raises(ValueError, match=r"'kernel' has shape \(4, 3\), the params \(3, 4\)"):
         compat.optax.load_state(tx.init(transposed(params)), running, config=CONSTANT)
 
 
