@@ -27,6 +27,7 @@ import numpy as np
 
 from optax_nadam._config import NadamConfig
 from optax_nadam._schedules import ScheduleConfig
+from optax_nadam.compat._common import as_numpy
 
 Label = str | int
 
@@ -279,7 +280,7 @@ class Checkpoint:
         return [
             ("optimizer", f"{self.optimizer} ({self.version})"),
             ("steps", self._steps()),
-            ("parameters", f"{len(self.parameters)}, {_count(self.parameters.values())} numbers in the moments"),
+            ("parameters", f"{len(self.parameters)}, with {_count(self.parameters.values())} numbers"),
             ("names", self._names()),
             *[(f"group {i}", self._group(group)) for i, group in enumerate(self.groups[:4])],
             *([("", f"and {len(self.groups) - 4} more groups")] if len(self.groups) > 4 else []),
@@ -302,7 +303,7 @@ class Checkpoint:
 
     def _group(self, group: Group) -> str:
         numbers = _count(self.parameters[label] for label in group.labels)
-        shown = {name: x for name, x in group.options.items() if name in _SHOWN and x is not None}
+        shown = {name: group.options[name] for name in _SHOWN if group.options.get(name) is not None}
         options = ", ".join(f"{name}={x!r}" for name, x in shown.items()) or "hyperparameters not stored"
         return f"{len(group.labels)} parameters, {numbers} numbers; {options}"
 
@@ -318,7 +319,7 @@ class Checkpoint:
         return "computed from steps and hyperparameters" if self.product is None else f"{self.product:.6g}, stored"
 
 
-_SHOWN = ("lr", "initial_lr", "learning_rate", "betas", "eps", "weight_decay", "momentum_decay", "schedule_decay")
+_SHOWN = ("lr", "initial_lr", "learning_rate", "weight_decay", "betas")
 
 
 def _count(parameters: Iterable[Parameter | None]) -> int:
@@ -339,11 +340,23 @@ def check_entries(optimizer: str, entries: Collection[Hashable], parameters: Seq
         raise ValueError(_ORPHANS.format(orphans=listed(orphans), known=shown, optimizer=optimizer))
 
 
+def parse_number(what: str, value: Any) -> float:
+    """A number in an array of one element, or as it is."""
+    array = as_numpy(value)
+    if array.size != 1 or array.dtype == object or not np.isreal(array).all():
+        raise ValueError(_IMPOSSIBLE.format(what=what, rule="a number", got=f"{value!r:.60}"))
+    try:
+        return float(array.item())
+    except ValueError:
+        raise ValueError(_IMPOSSIBLE.format(what=what, rule="a number", got=f"{value!r:.60}")) from None
+
+
 def parse_steps(what: str, value: Any) -> int:
     """A number of steps: whole and not negative."""
-    if not (value >= 0 and value == int(value)):
-        raise ValueError(_IMPOSSIBLE.format(what=what, rule="whole and not negative", got=value))
-    return int(value)
+    number = parse_number(what, value)
+    if not (number >= 0 and number.is_integer()):
+        raise ValueError(_IMPOSSIBLE.format(what=what, rule="whole and not negative", got=number))
+    return int(number)
 
 
 def check_parameter(label: Any, p: Parameter) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig, product_after
-from optax_nadam.compat._account import Checkpoint, Group, Label, Parameter, check_parameter, parse_steps
+from optax_nadam.compat._account import Checkpoint, Group, Label, Parameter, check_parameter, parse_number, parse_steps
 from optax_nadam.compat._common import rule_of
 from optax_nadam.compat._keras_read import Stored
 from optax_nadam.compat._keras_roles import Roles
@@ -33,6 +33,10 @@ _NO_PRODUCT = (
     " b1={config.b1} and momentum_decay={config.momentum_decay}. If it is of a Nadam with other hyperparameters, pass"
     " config=, or the variables themselves, which have names; else it is of another optimizer, and this number may be"
     " its learning rate."
+)
+_OTHER_WEIGHT = (
+    "the weight {label!r} has shape {weight}, its moments {moment}: they are not of the same layer. Pass the checkpoint"
+    " as it was written."
 )
 _COMPUTED = (
     "the checkpoint stores no product of the momenta; it was computed from {count} steps, b1={config.b1} and"
@@ -76,7 +80,8 @@ def checkpoint_of(stored: Stored, roles: Roles, config: NadamConfig | None, pars
     """
     count = _steps(_iterations(stored, roles, config), roles.accumulates, config)
     product, learning_rate = (
-        None if i is None else stored.arrays[i].item() for i in (roles.product, roles.learning_rate)
+        None if i is None else parse_number(f"the {name}", stored.arrays[i])
+        for name, i in (("product of the momenta", roles.product), ("learning rate", roles.learning_rate))
     )
     if product is not None and None in stored.names:
         _check_product(product, count, config or NadamConfig(momentum_decay=_DECAYS[roles.dialect]))
@@ -85,9 +90,12 @@ def checkpoint_of(stored: Stored, roles: Roles, config: NadamConfig | None, pars
     parameters = {x: Parameter(count, product, np.float32, stored.arrays[i], stored.arrays[j]) for x, i, j in moments}
     for label, parameter in parameters.items():
         check_parameter(label, parameter)
-    values = (
-        None if roles.weights is None else {x: stored.values[i] for x, i in zip(labels, roles.weights, strict=True)}
-    )
+    values = None
+    if roles.weights is not None:
+        values = {x: stored.values[i] for x, i in zip(labels, roles.weights, strict=True)}
+        for label in [x for x, weight in values.items() if weight.shape != parameters[x].m.shape]:
+            shapes = values[label].shape, parameters[label].m.shape
+            raise ValueError(_OTHER_WEIGHT.format(label=label, weight=shapes[0], moment=shapes[1]))
     return Checkpoint(
         "Nadam of Keras",
         VERSIONS[roles.dialect],
@@ -109,15 +117,17 @@ def _labels(stored: Stored, roles: Roles) -> list[Label]:
 
 def _iterations(stored: Stored, roles: Roles, config: NadamConfig | None) -> int:
     """The number of gradients seen. tf.contrib's is a power of beta1, or global_step once the power has vanished."""
-    value = stored.arrays[roles.iterations].item()
+    value = parse_number("the number of iterations", stored.arrays[roles.iterations])
     if not str(stored.names[roles.iterations]).endswith("beta1_power"):
         return parse_steps("the number of iterations", value)
     if config is None:
         raise ValueError(_NO_BETA)
-    if value < _VANISHED:
+    if 0 <= value < _VANISHED:
         if "global_step" not in stored.names:
             raise ValueError(_NO_STEP)
-        return parse_steps("global_step", stored.arrays[stored.names.index("global_step")].item())
+        return parse_steps("global_step", stored.arrays[stored.names.index("global_step")])
+    if not 0 < value <= 1:
+        raise ValueError(_NO_POWER.format(power=value, b1=config.b1))
     count = math.log(value) / math.log(config.b1) - 1 if config.b1 else 0.5
     if abs(count - round(count)) > 0.1:
         raise ValueError(_NO_POWER.format(power=value, b1=config.b1))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_nadam import _validation as validation
+from optax_nadam.compat._account import parse_number
 from optax_nadam.compat._common import as_numpy
 
 DIALECTS = ("keras", "tf_keras", "legacy")
@@ -164,7 +165,7 @@ def _read_archive(path: str) -> Stored:
 def _read_shards(path: str) -> Stored:
     """The files that ``save_weights(..., max_shard_size=)`` wrote, of which a ``.weights.json`` tells."""
     with open(path) as file:
-        shards = json.load(file)["weight_map"].get("/optimizer/vars", [])
+        shards = (json.load(file).get("weight_map") or {}).get("/optimizer/vars", [])
     arrays: dict[str, np.ndarray] = {}
     for shard in [shards] if isinstance(shards, str) else shards:
         with _import("h5py").File(os.path.join(os.path.dirname(path), shard), "r") as file:
@@ -292,4 +293,6 @@ def _config(arrays: Mapping[str, np.ndarray]) -> dict[str, Any] | None:
     if scope is None or any(scope + name not in arrays for name in names):
         return None
     # The decimal number that was rounded to float32: 0.9, not 0.8999999761581421.
-    return {"name": "Nadam", "epsilon": None} | {name: float(str(np.float32(arrays[scope + name]))) for name in names}
+    return {"name": "Nadam", "epsilon": None} | {
+        name: float(str(np.float32(parse_number(f"{scope}{name}", arrays[scope + name])))) for name in names
+    }

@@ -30,16 +30,20 @@ _NO_WEIGHT = (
 )
 _TWO_OPTIMIZERS = (
     "source has more than one optimizer: {role} may be {names}. Pass what belongs to one of them, and load it into the"
-    " state of the leaves that it updates: of a MultiOptimizer optimizer.optimizers[0].variables, of a mapping the names"
-    " of one optimizer and of its weights."
+    " state of the leaves that it updates: of a MultiOptimizer optimizer.optimizers[0].variables, of a mapping the"
+    " names of one optimizer and of its weights."
 )
 _OTHER_CLASS = (
     "source is not of a Nadam: {reason}. Only Nadams are read; a LossScaleOptimizer's own variables, not those of its"
     " inner optimizer."
 )
 _NO_ROLE = (
-    "source has {names}, which are no part of a Nadam of {dialect}. Pass the variables of the optimizer, all of them and"
-    " nothing else."
+    "source has {names}, which are no part of a Nadam of {dialect}. Pass the variables of the optimizer, all of them"
+    " and nothing else."
+)
+_INCOMPLETE = (
+    "source has moments under the names of a Nadam of {dialect}, but lacks {lacking}. Pass the whole checkpoint, or all"
+    " of the optimizer's variables."
 )
 _SHARED_NAMES = (
     "source has other weights under the names of {names}, and the optimizer's order is not that of the model, so that"
@@ -111,15 +115,17 @@ _NAMES = (
     _Names("legacy", f"{_S}beta1_power", f"{_W}/N?[aA]dam", f"{_W}/N?[aA]dam_1", has_product=False),
 )
 # Names of Keras' other optimizers, which begin the names of their variables.
-OTHERS = "adadelta adafactor adagrad adam adamax adamw ftrl lamb lion loss_scale muon rmsprop sgd".split()
+OTHERS = frozenset(str.split("adadelta adafactor adagrad adam adamax adamw ftrl lamb lion muon rmsprop sgd"))
 
 
 def by_names(stored: Stored) -> Roles | None:
     """Which array is what, if the names tell; those of a mapping must."""
     if None in stored.names:
         return None
-    found = (_named(names, stored) for names in _NAMES if names.dialect in stored.dialects)
-    roles = next((roles for roles in found if roles is not None), None)
+    known = [names for names in _NAMES if names.dialect in stored.dialects]
+    roles = next((roles for roles in (_named(names, stored) for names in known) if roles is not None), None)
+    if roles is None:
+        _check_complete(known, stored)
     if roles is None and stored.keys is not None:
         raise ValueError(_NO_NAMES.format(names=", ".join(map(repr, stored.names[:8])) or "no optimizer's arrays"))
     return roles
@@ -130,7 +136,7 @@ def _named(names: _Names, stored: Stored) -> Roles | None:
     patterns = _Names._fields[1:-1]
     found = {role: _matching(getattr(names, role), stored.names) for role in patterns}
     m, v = found["m"], found["v"]
-    if not (found["iterations"] and m and m.keys() == v.keys()):
+    if not (m and m.keys() == v.keys()):
         return None
     scope = _scope(stored.names[next(iter(m.values()))])
     is_wrapped = any(re.fullmatch(_WRAPPER, str(name)) for name in stored.names)
@@ -138,12 +144,13 @@ def _named(names: _Names, stored: Stored) -> Roles | None:
         role: _scalar(role, list(found[role].values()), scope, stored, is_wrapped)
         for role in ("iterations", "product", "learning_rate")
     }
+    if scalars["iterations"] is None:
+        return None
     if names.has_product and scalars["product"] is None and not is_wrapped:
         raise ValueError(_OTHER_CLASS.format(reason="it has no product of the momenta"))
     if stored.keys is None:
         _check_class(scope)
         _check_roles(names, stored, [i for role in patterns for i in found[role].values()])
-    assert scalars["iterations"] is not None  # checked above
     m_indices, v_indices, weights = _in_order(m, v, stored)
     return Roles(
         names.dialect,
@@ -155,6 +162,18 @@ def _named(names: _Names, stored: Stored) -> Roles | None:
         weights,
         bool(found["accumulator"]),
     )
+
+
+def _check_complete(known: Sequence[_Names], stored: Stored) -> None:
+    """Rejects names of which some are those of a Nadam's moments, and tells what the others lack."""
+    found = [(names, _matching(names.m, stored.names), _matching(names.v, stored.names)) for names in known]
+    names, m, v = max(found, key=lambda parts: len(parts[1].keys() & parts[2].keys()), default=(None, {}, {}))
+    if names is None or not m.keys() & v.keys():
+        return
+    lacking = [f"the {which} moment of {name!r}" for which, x, y in (("second", m, v), ("first", v, m))
+               for name, _ in x.keys() - y.keys()]  # fmt: skip
+    texts = ", ".join(lacking) or "the optimizer's own number of iterations"
+    raise ValueError(_INCOMPLETE.format(dialect=names.dialect, lacking=texts))
 
 
 def _check_class(scope: str) -> None:
@@ -177,8 +196,8 @@ def _scope(name: str | None) -> str:
 
 def _scalar(role: str, fitting: Sequence[int], scope: str, stored: Stored, is_wrapped: bool) -> int | None:
     """The optimizer's own among arrays whose names fit a role; a wrapper's own come first, in another scope."""
-    if is_wrapped:
-        fitting = [i for i in fitting if _scope(stored.names[i]) == scope] or fitting[-1:]
+    if is_wrapped and role != "product":
+        fitting = [i for i in fitting if _scope(stored.names[i]) == scope]
     if len(fitting) > 1:
         raise ValueError(_TWO_OPTIMIZERS.format(role=role, names=", ".join(repr(stored.names[i]) for i in fitting)))
     return fitting[0] if fitting else None

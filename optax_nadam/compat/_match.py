@@ -5,7 +5,7 @@ A checkpoint goes one way: accounted for, matched, put into the optimizer state.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,9 +22,11 @@ from optax_nadam.compat._account import Checkpoint, Group, Label, Parameter, lis
 
 _UNNAMED = (
     "to_params got a list of {count} arrays in the optimizer's order, because the checkpoint does not name its"
-    " parameters, and failed: {error}. If it takes arrays by name, pass names=[n for n, _ in model.named_parameters()] to read or load_state;"
-    " where the optimizer has several groups, the names of one group after another, as they went into it."
+    " parameters, and failed: {error}. If it takes arrays by name, pass names=[n for n, _ in model.named_parameters()]"
+    " to read or load_state; where the optimizer has several groups, the names of one group after another, as they went"
+    " into it."
 )
+_TREE = "to_params got the moments in a tree like the other run's params, and failed: {error}."
 _ABSENT = (
     "to_params asked for {name!r}, but the checkpoint has moments of {labels} only. {advice}If it is not trained, pass"
     " weights, the model's own arrays by name: its moments are then zero. If it is tied to another parameter (one"
@@ -48,8 +50,8 @@ _NO_NADAM = (
     " the optimizer updates."
 )
 _SELECT = (
-    " If the params lack some of the checkpoint's parameters, name those that they have: pass read(source).select([...])"
-    " as the source."
+    " If the params lack some of the checkpoint's parameters, name those that they have: pass"
+    " read(source).select([...]) as the source."
 )
 _LEFT_OUT = (
     "to_params must put each number of the checkpoint's moments into the params, but it leaves out {lost}." + _SELECT
@@ -73,12 +75,12 @@ _CONSTANT = (
     " learning_rate=, a schedule of the run's steps, to from_groups, to config_from(...).build or to the constructor."
 )
 _OTHER_TREE = (
-    "to_params must make of the checkpoint's moments a tree like the params, as it does of the weights, but {difference}."
-    " If names were passed, they must be in the order of the optimizer's parameters, group after group." + _SELECT
+    "to_params must make of the checkpoint's moments a tree like the params, as it does of the weights, but"
+    " {difference}. If names were passed, they must be in the order of the optimizer's parameters, group after group."
+    + _SELECT
 )
 NO_TAG = -1  # of what no Nadam has
 _LARGEST_TAG = 256  # the last whole number that bfloat16 has, and all before it
-_SMALLEST = 2.0**-126 * (1 + 2.0**-8)  # between two numbers of bfloat16: rounding moves none across
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +98,8 @@ class Matched:
     @functools.cached_property
     def moments(self) -> tuple[Any, Any]:
         """The first and the second moments; all of their numbers have arrived."""
-        sent = [self.found.moments(name) for name in ("m", "v")]
-        trees = [self._called(arrays) for arrays in sent]
-        for arrays, tree in zip(sent, trees, strict=True):
-            if not _have_arrived(arrays.values(), jax.tree.leaves(tree)):
-                self._check_arrival()
-        return trees[0], trees[1]
+        self._check_arrival()
+        return self._called(self.found.moments("m")), self._called(self.found.moments("v"))
 
     def tagged(self, tags: Mapping[Label, int]) -> Any:
         """The params with the tags of the parameters that each leaf is made of, in place of their numbers.
@@ -147,42 +145,71 @@ class Matched:
         try:
             return self.to_params(found.arranged(arrays))
         except KeyError as error:
+            if found.structure is not None:
+                raise ValueError(_TREE.format(error=f"{error} is not there")) from error
             if not found.is_named or not error.args or error.args[0] in arrays:
                 raise
             name, labels = error.args[0], list(arrays)
             raise ValueError(_ABSENT.format(name=name, labels=listed(labels), advice=_advice(name, labels))) from error
         except (AttributeError, TypeError, ValueError, IndexError) as error:
-            if found.is_named:
+            if found.is_named and found.structure is None:
                 raise
-            raise ValueError(_UNNAMED.format(count=len(arrays), error=error)) from error
+            text = _UNNAMED if found.structure is None else _TREE
+            raise ValueError(text.format(count=len(arrays), error=error)) from error
 
     def _check_arrival(self) -> None:
-        """Rejects a ``to_params`` that leaves numbers out or changes them; to use them twice is allowed."""
-        shapes, tags = self.found.shapes, _numbered(self.found.shapes)
-        leaves = [np.real(np.asarray(x)) for x in jax.tree.leaves(self._called(self._filled(tags)))]
-        arrived = {label: sum(int(np.count_nonzero(leaf == tag)) for leaf in leaves) for label, tag in tags.items()}
-        lost = [label for label in shapes if arrived[label] < np.prod(shapes[label], dtype=int)]
-        if len(lost) == len(shapes):
-            form = "a dict by name" if self.found.is_named else f"a list of {len(shapes)} arrays"
-            raise ValueError(_OTHER_NUMBERS.format(form=form))
+        """Rejects a ``to_params`` that leaves numbers out or changes them; to use them twice is allowed.
+
+        In place of the moments it gets marks, which tell whose number is where.
+        """
+        shapes, stepped = self.found.shapes, self.found.stepped
+        lost: set[Label] = set()
+        for marks in _marks(len(stepped)):
+            sent = {label: _marked(shapes[label], mark) for label, mark in zip(stepped, marks, strict=True)}
+            leaves = jax.tree.leaves(self._called(self._filled(dict.fromkeys(shapes, 0)) | sent))
+            counts, arrived = _counted(sent.values()), _counted(leaves)
+            if arrived is None or counts is None:
+                form = "a dict by name" if self.found.is_named else f"a list of {len(shapes)} arrays"
+                raise ValueError(_OTHER_NUMBERS.format(form=form))
+            short = set((np.flatnonzero(arrived < counts) - _ZERO) / 4)
+            lost |= {label for label, mark in zip(stepped, marks, strict=True) if short & {mark, -mark / 2}}
         if lost:
-            raise ValueError(_LEFT_OUT.format(lost=listed(lost)))
+            raise ValueError(_LEFT_OUT.format(lost=listed([label for label in stepped if label in lost])))
 
 
-def _numbered(labels: Iterable[Label]) -> dict[Label, int]:
-    return {label: number for number, label in enumerate(labels, 1)}
+# A mark is one of 0.5, 1.5, ... 127.5, and in some places of an array its half with the other sign. Every dtype holds
+# both, and four times a mark tells them apart from what sums, signs, factors or rounding make of them.
+_ZERO, _LARGEST = 256, 511
 
 
-def _have_arrived(sent: Iterable[Any], leaves: Iterable[Any]) -> bool:
-    """Whether arrays hold the same numbers, as far as their sum and the number of those that are not 0 tell."""
-    (count, total), (other_count, other_total) = _summary(sent), _summary(leaves)
-    return count == other_count and bool(np.isclose(total, other_total, rtol=1e-2, atol=0.0))
+def _marks(count: int) -> Iterator[np.ndarray]:
+    """A mark for each of so many parameters; where there are too many, another one for the next digit."""
+    for power in range(1 + int(np.log(max(count, 1)) / np.log(128))):
+        yield 0.5 + np.arange(count) // 128**power % 128
 
 
-def _summary(arrays: Iterable[Any]) -> tuple[int, float]:
-    magnitudes = [np.abs(part) for x in map(np.asarray, arrays) for part in (np.real(x), np.imag(x))]
-    count = sum(int(np.count_nonzero(x > _SMALLEST)) for x in magnitudes)
-    return count, sum(float(np.sum(x, dtype=np.float64)) for x in magnitudes)
+def _marked(shape: tuple[int, ...], mark: float) -> np.ndarray:
+    """An array of a mark, of which about a quarter is its half with the other sign."""
+    is_half = np.random.default_rng(0).random(shape, np.float32) < 0.25
+    if is_half.size > 1:
+        is_half.flat[0], is_half.flat[-1] = True, False
+    return np.where(is_half, np.float32(-mark / 2), np.float32(mark))
+
+
+def _counted(leaves: Iterable[Any]) -> np.ndarray | None:
+    """How often there is each number of a mark in leaves; None where there is any other than these and 0."""
+    counts = np.zeros(_ZERO + _LARGEST + 1)
+    for leaf in leaves:
+        fourfold = 4 * np.real(np.asarray(leaf)).astype(np.float32)
+        codes = np.nan_to_num(np.clip(fourfold, -_ZERO, _LARGEST)).astype(np.int64)
+        if not (
+            np.array_equal(codes, fourfold)
+            and np.all(np.where(codes > 0, codes % 4 == 2, codes % 2 == 1) | (codes == 0))
+        ):
+            return None
+        counts += np.bincount(codes.ravel() + _ZERO, minlength=len(counts))
+    counts[_ZERO] = 0
+    return counts
 
 
 def load(opt_state: Any, matched: Matched, config: NadamConfig | None, mismatch: str = "raise") -> Any:

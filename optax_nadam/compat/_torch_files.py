@@ -25,6 +25,9 @@ _NOT_PLAIN = (
 )
 
 
+_WRITERS = {".pt": "by the Trainer of transformers", ".bin": "by accelerate"}
+
+
 class Opened(NamedTuple):
     """The parts of a source.
 
@@ -67,18 +70,18 @@ def _load(path: Path) -> Any:
 
 def _directory(path: Path, optimizer: str) -> Opened:
     """A checkpoint of the Trainer of transformers, or what ``save_state`` of accelerate wrote."""
-    for suffix, version in ((".pt", "by the Trainer of transformers"), (".bin", "by accelerate")):
-        files = sorted(path.glob(f"optimizer*{suffix}"))
-        if len(files) > 1:
-            raise ValueError(_SEVERAL.format(where=path, count=len(files), example=repr(str(files[1]))))
-        if files:
-            scheduler, state = path / f"scheduler{suffix}", path / "trainer_state.json"
-            steps = json.loads(state.read_text())["max_steps"] if state.exists() else None
-            found = opened(_load(files[0]), optimizer)
-            return found._replace(
-                scheduler=_load(scheduler) if scheduler.exists() else None, steps=steps, version=version
-            )
-    raise ValueError(_NO_CHECKPOINT.format(path=path))
+    files = [file for file in sorted(path.glob("optimizer*")) if file.suffix in _WRITERS]
+    if not files:
+        raise ValueError(_NO_CHECKPOINT.format(path=path))
+    if len(files) > 1:
+        raise ValueError(_SEVERAL.format(where=path, count=len(files), example=repr(str(files[1]))))
+    scheduler, state = path / f"scheduler{files[0].suffix}", path / "trainer_state.json"
+    progress = json.loads(state.read_text()) if state.exists() else {}
+    return opened(_load(files[0]), optimizer)._replace(
+        scheduler=_load(scheduler) if scheduler.exists() else None,
+        steps=progress.get("max_steps") if isinstance(progress, Mapping) else None,
+        version=_WRITERS[files[0].suffix],
+    )
 
 
 def _lightning(source: Mapping[str, Any], optimizer: str) -> Opened:

@@ -26,8 +26,8 @@ _BOOKKEEPING = frozenset(
 # Hyperparameters of the optimizers of torch and timm: a group that has one, and no use for it, is not a Nadam's.
 _HYPERPARAMETERS = frozenset(
     str.split(
-        "adjust_lr_fn alpha always_adapt amsgrad beta2_cap beta2_decay beta3 betas bias_correction buffer capturable caution"
-        " centered clipping_threshold corrected_weight_decay d dampening decay_rate decoupled decoupled_decay"
+        "adjust_lr_fn alpha always_adapt amsgrad beta2_cap beta2_decay beta3 betas bias_correction buffer capturable"
+        " caution centered clipping_threshold corrected_weight_decay d dampening decay_rate decoupled decoupled_decay"
         " decoupled_weight_decay delta differentiable eps eps_scale etas fixed_decay foreach fused gamma grad_averaging"
         " history_size initial_accumulator_value lambd line_search_fn lr_decay lr_in_momentum max_eval max_grad_norm"
         " max_iter max_lr_snapshot maximize momentum momentum_decay mu_dtype nesterov no_prox ns_coefficients ns_steps"
@@ -53,8 +53,9 @@ _SCHEDULED = (
     " all steps to come. Pass learning_rate=, a schedule of the run's steps, or the scheduler's state to read."
 )
 _ENDED = (
-    "{what} has lr=0, with which no parameter moves: its scheduler has ended, or has not begun (initial_lr={initial!r})."
-    " Pass learning_rate=, a number or a schedule of the run's steps, or the scheduler's state to read."
+    "{what} has lr=0, with which no parameter moves: its scheduler has ended, or has not begun"
+    " (initial_lr={initial!r}). Pass learning_rate=, a number or a schedule of the run's steps, or the scheduler's"
+    " state to read."
 )
 _NO_RATE = "{what} has lr=0, with which no parameter moves."
 _NEGATIVE = (

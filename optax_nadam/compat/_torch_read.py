@@ -23,6 +23,7 @@ from optax_nadam.compat._account import (
     check_entries,
     check_parameter,
     listed,
+    parse_number,
     parse_steps,
 )
 from optax_nadam.compat._common import as_numpy, check_keys, without
@@ -30,10 +31,9 @@ from optax_nadam.compat._match import PREFIXES
 from optax_nadam.compat._torch_files import Opened, opened
 from optax_nadam.compat._torch_schedules import schedules_of
 
-
 _MISSING = (
-    "state of parameter {label!r} lacks {missing}: it was not written by {optimizer}. compat.torch reads NAdam, Adam and"
-    " AdamW; compat.timm NAdamW and NAdamLegacy of timm, and AlgoPerf's for torch."
+    "state of parameter {label!r} lacks {missing}: it was not written by {optimizer}. compat.torch reads NAdam, Adam"
+    " and AdamW; compat.timm NAdamW and NAdamLegacy of timm, and AlgoPerf's for torch."
 )
 _SHARDED = (
     "state of parameter {label!r} holds a DTensor, one shard of an array. Save what torch.distributed.checkpoint."
@@ -59,15 +59,15 @@ _TIED = (
 )
 _NO_PARAMS = "param_groups[{index}] lacks the key 'params': pass the groups of optimizer.state_dict(), with all keys."
 _OTHER_NAMES = (
-    "names must be those that the checkpoint stores, in their order: at place {index} they are {given!r} and {stored!r}."
-    " Leave names out: to_params then gets each array under its stored name."
+    "names must be those that the checkpoint stores, in their order: at place {index} they are {given!r} and"
+    " {stored!r}. Leave names out: to_params then gets each array under its stored name."
 )
 _NO_SCHEDULER = (
     "the learning rate had a schedule (groups have 'initial_lr'), which is not in the optimizer's checkpoint. Pass"
-    " scheduler=scheduler.state_dict() to read (for those of transformers also lr_scheduler_type= and its arguments), or"
-    " learning_rate=, a function of the steps, to from_groups or config_from."
+    " scheduler=scheduler.state_dict() to read (for those of transformers also lr_scheduler_type= and its arguments),"
+    " or learning_rate=, a function of the steps, to from_groups or config_from."
 )
-_IGNORED = "{keys} is ignored: the groups are those of {optimizer}, which has no product of momenta."
+_IGNORED = "{keys}=1.0 is ignored: the groups are those of {optimizer}, which has no product of momenta."
 _CLIP = "the Trainer clips by global norm, max_grad_norm=1.0 by default: optax_nadam.clip_by_global_norm"
 
 
@@ -138,7 +138,7 @@ def read(
     labels, ids = labels_of(groups, names)
     state = _by_id(found.optimizer["state"], ids)
     check_entries(layout.optimizer, state, ids)
-    if ignored := {key for entry in state.values() for key in entry if key in layout.ignored}:
+    if ignored := {key for entry in state.values() for key in layout.ignored if entry.get(key) == 1.0}:
         validation.warn(_IGNORED.format(keys=", ".join(ignored), optimizer=layout.optimizer))
         state = {i: without(entry, ignored) for i, entry in state.items()}
     parameters = {label: _parameter(label, state.get(i), layout) for label, i in zip(labels, ids, strict=True)}
@@ -277,8 +277,10 @@ def _parameter(label: Label, entry: Mapping[str, Any] | None, layout: Layout) ->
     if any(hasattr(value, "full_tensor") for value in entry.values()):
         raise ValueError(_SHARDED.format(label=label))
     parameter = Parameter(
-        step=parse_steps(f"the step of parameter {label!r}", as_numpy(entry["step"]).item()),
-        product=None if layout.product is None else float(as_numpy(entry[layout.product])),
+        step=parse_steps(f"the step of parameter {label!r}", entry["step"]),
+        product=None
+        if layout.product is None
+        else parse_number(f"{layout.product} of parameter {label!r}", entry[layout.product]),
         dtype=_dtype_of(entry[layout.product or "step"]),
         m=as_numpy(entry["exp_avg"]),
         v=as_numpy(entry["exp_avg_sq"]),

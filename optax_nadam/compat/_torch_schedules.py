@@ -32,11 +32,13 @@ _PLATEAU = (
     " the optimizer."
 )
 _NO_FORMULA = (
-    "scheduler_state is of LambdaLR or MultiplicativeLR, which store no formula. If transformers made it, pass name=,"
-    " one of {names}, and its arguments; otherwise " + _FUNCTION
+    "scheduler_state is of LambdaLR or MultiplicativeLR, which store no formula. If transformers made it, pass"
+    " lr_scheduler_type=, one of {names}, and its arguments; otherwise " + _FUNCTION
 )
-_NO_LAMBDA = "name={name!r} is for a LambdaLR of transformers, but scheduler_state has {number} of them; {way}"
-_ARGUMENTS = "the arguments of name={name!r} do not fit: {error}. They are {signature}."
+_NO_LAMBDA = (
+    "lr_scheduler_type={name!r} is for a LambdaLR of transformers, but scheduler_state has {number} of them; {way}"
+)
+_ARGUMENTS = "the arguments of lr_scheduler_type={name!r} do not fit: {error}. They are {signature}."
 _LR_INIT = (
     "groups of different learning rates need lr_init=, the lr that the optimizer itself was given: lr_end and min_lr"
     " are in proportion to it."
@@ -46,7 +48,8 @@ _CHAINED = (
 )
 _ACCOUNT = (
     "scheduler_state stores the learning rate {stored} of group {group} at its step {count}, but its schedule gives"
-    " {computed}. A name or argument is not the run's, or the rate was changed by hand: correct it, or " + _FUNCTION
+    " {computed}. Its type or an argument is not the run's, or the rate was changed by hand: correct it, or "
+    + _FUNCTION
 )
 _GROUP_RATE = (
     "param_groups[{group}] has lr {lr}, but scheduler_state stores {stored} as the last: they are of different"
@@ -77,14 +80,14 @@ def schedule_from(
     param_groups: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     count: int | None = None,
     steps_per_epoch: int | None = None,
-    name: str | None = None,
+    lr_scheduler_type: str | None = None,
     **arguments: Any,
 ) -> ScheduleConfig:
     """The schedule of a torch scheduler, from its checkpoint: the first group's rate as a function of the steps taken.
 
     Read are ``ConstantLR``, ``LinearLR``, ``StepLR``, ``MultiStepLR``, ``ExponentialLR``, ``PolynomialLR``,
     ``CosineAnnealingLR``, ``CosineAnnealingWarmRestarts``, ``OneCycleLR``, ``SequentialLR``, ``ChainedScheduler``, and
-    the ``LambdaLR`` that ``transformers.get_scheduler`` makes, whose name and arguments are needed. The schedule is the
+    the ``LambdaLR`` that ``transformers.get_scheduler`` makes, whose type and arguments are needed. The schedule is the
     whole one, from step 0 on and past the end as torch continues there. It gives the rate that the checkpoint stores as
     the last one within 1e-5, otherwise there is an error.
 
@@ -96,7 +99,7 @@ def schedule_from(
       count: the optimizer steps taken, with which the scheduler's steps must agree; None where they are not known.
       steps_per_epoch: the optimizer steps in an epoch, for a scheduler that stepped at the end of each; None for one
         that stepped with the optimizer.
-      name: for a ``LambdaLR`` of transformers, its type: ``"linear"``, ``"cosine"``, ``"cosine_with_restarts"``,
+      lr_scheduler_type: for a ``LambdaLR`` of transformers: ``"linear"``, ``"cosine"``, ``"cosine_with_restarts"``,
         ``"polynomial"``, ``"constant"``, ``"constant_with_warmup"``, ``"inverse_sqrt"``, ``"cosine_with_min_lr"`` or
         ``"warmup_stable_decay"``.
       **arguments: those of ``transformers.get_scheduler``, ``num_warmup_steps`` and ``num_training_steps``, and those
@@ -112,15 +115,15 @@ def schedule_from(
       TypeError: a number is not a number.
 
     Examples:
-      >>> from optax_nadam.compat._torch_schedules import schedule_from
+      >>> from optax_nadam import compat
       >>> state = {"T_max": 10, "eta_min": 0.0, "base_lrs": [0.1], "last_epoch": 5, "_last_lr": [0.05]}
-      >>> schedule = schedule_from(state, count=5000, steps_per_epoch=1000)
+      >>> schedule = compat.torch.schedule_from(state, count=5000, steps_per_epoch=1000)
       >>> [f"{schedule(count):.2f}" for count in (0, 999, 5000, 10000)]
       ['0.10', '0.10', '0.05', '0.00']
 
     Source: ``torch/optim/lr_scheduler.py`` of torch 2.13 and ``transformers/optimization.py`` of transformers 5.
     """
-    return schedules_of(scheduler_state, param_groups, count, steps_per_epoch, name, arguments)[0]
+    return schedules_of(scheduler_state, param_groups, count, steps_per_epoch, lr_scheduler_type, arguments)[0]
 
 
 def schedules_of(
@@ -157,9 +160,11 @@ def _check_name(state: Mapping[str, Any], name: str | None, arguments: Mapping[s
     if number and name is None:
         raise ValueError(_NO_FORMULA.format(names=", ".join(map(repr, _TRANSFORMERS))))
     if name is None and arguments:
-        raise ValueError(f"{', '.join(arguments)} are arguments of a transformers schedule: pass its name= too.")
+        raise ValueError(
+            f"{', '.join(arguments)} are arguments of a transformers schedule: pass lr_scheduler_type= too."
+        )
     if name is not None:
-        validation.check_choice("name", name, _TRANSFORMERS)
+        validation.check_choice("lr_scheduler_type", name, _TRANSFORMERS)
         if number != 1:
             raise ValueError(_NO_LAMBDA.format(name=name, number=number, way=_FUNCTION if number else "leave it out."))
 

@@ -319,7 +319,7 @@ def _unwrapped(config: Any) -> Mapping[str, Any]:
 
 
 def _check_name(config: Mapping[str, Any]) -> None:
-    """Rejects the config of another optimizer, of which only the name may tell: those of Adamax and Lamb have our keys."""
+    """Rejects the config of another optimizer, of which the name alone may tell: Adamax and Lamb have our keys."""
     name = str(config.get("name", ""))
     if re.sub(r"_\d+$", "", name).lower() in OTHERS:
         raise ValueError(_OTHER_NAME.format(name=name))
@@ -465,6 +465,8 @@ def _learning_rate_to(learning_rate: float | ScheduleConfig) -> Any:
     if not isinstance(learning_rate, ScheduleConfig):
         return learning_rate
     names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
+    if learning_rate.name not in names:
+        raise common.cannot_express("Keras", "learning_rate", learning_rate, common.SCHEDULE)
     arguments = {name: list(x) if isinstance(x, tuple) else x for name, x in learning_rate.arguments.items()}
     return _serialized("keras.optimizers.schedules", names[learning_rate.name], arguments)
 
@@ -588,7 +590,7 @@ def read(source: Any, *, config: NadamConfig | None = None, dialect: str | None 
       >>> print(compat.keras.read([np.array(1), np.float32(0.4501), np.array([0.05]), np.array([0.00025])]))
       optimizer     Nadam of Keras (TensorFlow up to 2.10, tf_keras legacy, Keras 2)
       steps         1
-      parameters    1, 1 numbers in the moments
+      parameters    1, with 1 numbers
       names         none: a list in order
       group 0       1 parameters, 1 numbers; hyperparameters not stored
       learning rate no schedule stored

@@ -16,7 +16,6 @@ from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES, RuleName
 from optax_nadam._state import KINDS
-from optax_nadam._tree import nodes_of
 from optax_nadam.compat._account import Checkpoint, Group, Parameter, check_parameter
 from optax_nadam.compat._common import (
     SCHEDULE,
@@ -47,6 +46,7 @@ _NOT_ONE = (
 )
 
 _OURS = " It holds the state of optax_nadam itself: put it into a fresh one with optax_nadam.set_state."
+_ALIKE = " A dict with mu and nu has {fields}: a state has count, mu and nu alone, and count is a whole number."
 _REPLICATED = (
     "count has shape {shape}: the state is replicated over devices. Pass one copy of it:"
     " flax.jax_utils.unreplicate(state), or jax.tree.map(lambda x: x[0], state)."
@@ -293,10 +293,7 @@ def read(source: Any) -> Checkpoint:
         return source
     found = [node for node in jax.tree.leaves(source, is_leaf=_is_adam) if _is_adam(node)]
     if len(found) != 1:
-        is_ours = any(True for _ in nodes_of(source, KINDS)) or any(
-            map(_is_ours, jax.tree.leaves(source, is_leaf=_is_ours))
-        )
-        raise ValueError(_NOT_ONE.format(found=len(found)) + (_OURS if is_ours else ""))
+        raise ValueError(_NOT_ONE.format(found=len(found)) + _reason(source))
     (adam,) = found
     count, m, v = (adam[name] if isinstance(adam, Mapping) else getattr(adam, name) for name in _FIELDS)
     if np.ndim(count) == 1:
@@ -316,9 +313,20 @@ def _checkpoint(count: int, m: Any, v: Any) -> Checkpoint:
     return Checkpoint(_SOURCE, "Optax, AlgoPerf", parameters, groups, structure=jax.tree.structure(m), notes=_NOTES)
 
 
-def _is_ours(node: Any) -> bool:
-    """Whether a node is our own state, restored as a dict."""
-    return isinstance(node, Mapping) and {"count", "mu_product", "m", "v"} <= set(node)
+def _reason(source: Any) -> str:
+    """Why there is no state of Optax's in a source, where something like it is."""
+
+    def is_like(node: Any) -> bool:
+        return isinstance(node, Mapping) and {"mu", "nu"} <= set(node)
+
+    def is_ours(node: Any) -> bool:
+        return isinstance(node, KINDS) or (isinstance(node, Mapping) and {"mu_product", "m", "v"} <= set(node))
+
+    if any(map(is_ours, jax.tree.leaves(source, is_leaf=is_ours))):
+        return _OURS
+    alike = [node for node in jax.tree.leaves(source, is_leaf=is_like) if is_like(node)]
+    fields = [f"count={node['count']!r:.40}" if "count" in node else "no count" for node in alike]
+    return _ALIKE.format(fields=", ".join(fields)) if alike else ""
 
 
 def load_state(

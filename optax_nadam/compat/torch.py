@@ -260,9 +260,9 @@ def read(
       >>> print(found)
       optimizer     torch.optim.NAdam (torch 1.10 or later)
       steps         3
-      parameters    1, 6 numbers in the moments
+      parameters    1, with 6 numbers
       names         w
-      group 0       1 parameters, 6 numbers; lr=0.01, betas=(0.9, 0.999), eps=1e-07, weight_decay=0.0, momentum_decay=0.004
+      group 0       1 parameters, 6 numbers; lr=0.01, weight_decay=0.0, betas=(0.9, 0.999)
       learning rate no schedule stored
       product       0.09, stored
       weights       not in the checkpoint
@@ -350,9 +350,10 @@ def load_state(
 ) -> Any:
     """The optimizer state that continues where a ``torch.optim.NAdam`` stopped: the next step is torch's next.
 
-    So it continues from ``Adam`` and ``AdamW`` with the rule ``adam``. Hyperparameters are not read: build the optimizer with :func:`from_groups`, :func:`config_from` or a constructor
-    first. Where it has several Nadams (``optax.partition``), each gets the steps and moments of its own leaves.
-    See "Every checkpoint" in the documentation for what to pass for which kind of file.
+    So it continues from ``Adam`` and ``AdamW`` with the rule ``adam``. Hyperparameters are not read: build the
+    optimizer with :func:`from_groups`, :func:`config_from` or a constructor first. Where it has several Nadams
+    (``optax.partition``), each gets the steps and moments of its own leaves. See "Every checkpoint" in the documentation
+    for what to pass for which kind of file.
 
     Args:
       opt_state: the state that ``tx.init(params)`` made; it is not changed. The Nadam may be anywhere inside.

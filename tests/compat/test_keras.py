@@ -446,8 +446,8 @@ def test_names(kind, attribute):
 
 
 def test_missing_name():
-    """Names that do not fit are followed by the search by shapes."""
-    with pytest.raises(ValueError, match="fit no known layout"):
+    """Names tell what is missing."""
+    with pytest.raises(ValueError, match="lacks the second moment of"):
         keras.load_state(fresh(), variables([COUNT, PRODUCT, *PAIRS], LEGACY_NAMES)[:-1], to_params)
 
 

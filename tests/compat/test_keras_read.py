@@ -208,7 +208,7 @@ def test_longest_name():
     [
         ({"w": np.ones(3)}, "holds no optimizer state under names that are known; its names begin with 'w'"),
         ({}, "its names begin with no optimizer's arrays"),
-        ({k: x for k, x in saver().items() if k != "N/b/v"}, "holds no optimizer state under names that are known"),
+        ({k: x for k, x in saver().items() if k != "N/b/v"}, "lacks the second moment of 'N/b'"),
         ({k: x for k, x in saver().items() if k != "b"}, "has moments of 'N/b', but no weight of that name"),
         (saver(**{"other/iter": COUNT}), "more than one optimizer: iterations may be 'N/iter', 'other/iter'"),
         (saver(**{"N/iter": np.array(-1)}), "iterations must be whole and not negative, got -1"),

@@ -20,7 +20,7 @@ def state(base=0.1, last=0.05, epochs=5, **own):
 COSINE = state(T_max=10, eta_min=0.0)
 STAIRS = state(last=0.1 * 0.5**2, milestones={"2": 1, "5": 1, "30": 2}, gamma=0.5)
 LAMBDA = state(lr_lambdas=[{}, {}])
-LINEAR: dict[str, Any] = {"name": "linear", "num_warmup_steps": 0, "num_training_steps": 10}
+LINEAR: dict[str, Any] = {"lr_scheduler_type": "linear", "num_warmup_steps": 0, "num_training_steps": 10}
 PHASES = [{"end_step": 9, "start_lr": "initial_lr", "end_lr": "max_lr"}]
 CYCLE = state(total_steps=10, _schedule_phases=PHASES, _anneal_func_type="cos")
 
@@ -41,7 +41,7 @@ def test_through_json():
 def test_one_rate_is_the_optimizers():
     """lr_end is in proportion to the optimizer's rate, which is that of all groups; rates may be arrays."""
     rates = {"base_lrs": [np.array(0.1), np.array(0.1)], "_last_lr": [np.array(0.055), np.array(0.055)]}
-    schedule = schedule_from(LAMBDA | rates, **LINEAR | {"name": "polynomial", "lr_end": 0.01})
+    schedule = schedule_from(LAMBDA | rates, **LINEAR | {"lr_scheduler_type": "polynomial", "lr_end": 0.01})
     np.testing.assert_allclose([schedule(n) for n in (0, 5, 10, 20)], [0.1, 0.055, 0.01, 0.01], rtol=1e-6)
 
 
@@ -53,28 +53,54 @@ def test_one_rate_is_the_optimizers():
         ),
         pytest.param({"state": {}}, {}, r"scheduler_state must be what.*got the keys \['state'\]", id="optimizer"),
         pytest.param(state(T_max=10), {}, r"keys T_max, which are those of none of ConstantLR", id="key is missing"),
-        pytest.param(LAMBDA, {}, r"store no formula.*name=, one of 'linear', 'cosine'.*otherwise pass a", id="no name"),
-        pytest.param(LAMBDA, {**LINEAR, "name": "greedy"}, r"name must be one of 'linear'.*'greedy'", id="other name"),
-        pytest.param(COSINE, LINEAR, r"name='linear' is for a LambdaLR.*has 0 of them; leave it out", id="own formula"),
-        pytest.param(
-            LAMBDA, {"num_cycles": 2}, r"num_cycles are arguments .*pass its name=|name=, one", id="arguments"
-        ),
-        pytest.param(COSINE, {"T_max": 10}, r"T_max are arguments of a transformers schedule: pass its", id="its own"),
         pytest.param(
             LAMBDA,
-            {"name": "cosine", "num_warmup_steps": 0},
-            r"arguments of name='cosine' do not fit: missing.*'num_training_steps'. They are num_w.*num_cycles.*= 0.5",
+            {},
+            r"store no formula.*lr_scheduler_type=, one of 'linear', 'cosine'.*otherwise pass a",
+            id="no name",
+        ),
+        pytest.param(
+            LAMBDA,
+            {**LINEAR, "lr_scheduler_type": "greedy"},
+            r"lr_scheduler_type must be one of 'linear'.*'greedy'",
+            id="other name",
+        ),
+        pytest.param(
+            COSINE,
+            LINEAR,
+            r"lr_scheduler_type='linear' is for a LambdaLR.*has 0 of them; leave it out",
+            id="own formula",
+        ),
+        pytest.param(
+            LAMBDA,
+            {"num_cycles": 2},
+            r"num_cycles are arguments .*pass lr_scheduler_type= too|lr_scheduler_type=, one",
+            id="arguments",
+        ),
+        pytest.param(
+            COSINE,
+            {"T_max": 10},
+            r"T_max are arguments of a transformers schedule: pass lr_scheduler_type= too",
+            id="its own",
+        ),
+        pytest.param(
+            LAMBDA,
+            {"lr_scheduler_type": "cosine", "num_warmup_steps": 0},
+            r"arguments of lr_scheduler_type='cosine' do not fit: missing.*'num_training_steps'. They are num_w.*num_cycles.*= 0.5",
             id="argument is missing",
         ),
         pytest.param(
             LAMBDA, {**LINEAR, "num_warmup_steps": -np.inf}, r"num_warmup_steps must be finite", id="infinite"
         ),
         pytest.param(
-            LAMBDA, {**LINEAR, "name": "polynomial"}, r"groups of different learning rates need lr_init=", id="no base"
+            LAMBDA,
+            {**LINEAR, "lr_scheduler_type": "polynomial"},
+            r"groups of different learning rates need lr_init=",
+            id="no base",
         ),
         pytest.param(
             LAMBDA,
-            {**LINEAR, "name": "cosine_with_min_lr"},
+            {**LINEAR, "lr_scheduler_type": "cosine_with_min_lr"},
             r"one of min_lr and min_lr_rate is needed",
             id="no minimum",
         ),
