@@ -98,13 +98,19 @@ def learning_rate_of(what: str, group: Mapping[str, Any], given: Any) -> Any:
     """The learning rate that the caller gives, or else the group's; what a scheduler set is no constant."""
     if given is not None:
         return given
-    lr, initial = parse_lr(as_number(group["lr"])), as_number(group.get("initial_lr"))
-    if validation.is_number(lr) and lr == 0 and initial:
-        raise ValueError(_ENDED.format(what=what, initial=initial))
+    lr, initial = _current_lr(what, group), as_number(group.get("initial_lr"))
     if initial is not None:
         validation.warn(_SCHEDULED.format(what=what, initial=initial, lr=lr))
     elif validation.is_number(lr) and lr == 0:
         validation.warn(_NO_RATE.format(what=what))
+    return lr
+
+
+def _current_lr(what: str, group: Mapping[str, Any]) -> Any:
+    """The learning rate of a group, unless a scheduler has taken it to 0."""
+    lr, initial = parse_lr(as_number(group["lr"])), as_number(group.get("initial_lr"))
+    if validation.is_number(lr) and lr == 0 and initial:
+        raise ValueError(_ENDED.format(what=what, initial=initial))
     return lr
 
 
@@ -137,7 +143,7 @@ def optimizer_of(found: Checkpoint, to_params: Callable[[Any], Any], learning_ra
       learning_rate: the first group's, in place of the checkpoint's; other groups have it in the proportion of their
         initial ones. None for what the checkpoint tells.
     """
-    configs = found.configs() if learning_rate is None else _in_proportion(found)
+    configs = found.configs(_rates(found)) if learning_rate is None else _in_proportion(found)
     kinds = {label: _kind(found, configs, label) for label in found.parameters}
     distinct = list(dict.fromkeys(kinds.values()))
     if len(distinct) == 1 and not found.frozen:
@@ -165,6 +171,15 @@ class _Kind(NamedTuple):
 def _kind(found: Checkpoint, configs: Sequence[NadamConfig], label: Label) -> _Kind:
     parameter = found.parameters[label]
     return _Kind(configs[found.group_of[label]], None if parameter is None else parameter.step)
+
+
+def _rates(found: Checkpoint) -> list[Any]:
+    """The learning rate of each group, None for the first that has no schedule: its parser warns, for all of them."""
+    rates: list[Any] = [group.schedule for group in found.groups]
+    for i in [i for i, rate in enumerate(rates) if rate is None][1:]:
+        if "lr" in found.groups[i].options:
+            rates[i] = _current_lr(f"{found.optimizer} group", found.groups[i].options)
+    return rates
 
 
 def _in_proportion(found: Checkpoint) -> list[NadamConfig]:

@@ -276,6 +276,8 @@ def read(
 
 def _layout_of(groups: Sequence[Mapping[str, Any]]) -> reader.Layout:
     """What the optimizer of these groups stores."""
+    if any(group.get("amsgrad") for group in groups):
+        raise cannot_express("optax_nadam", "amsgrad", True, _AMSGRAD)
     return _ADAM_LAYOUT if any(map(_is_adam, groups)) else _NADAM_LAYOUT
 
 
@@ -352,8 +354,8 @@ def load_state(
 
     So it continues from ``Adam`` and ``AdamW`` with the rule ``adam``. Hyperparameters are not read: build the
     optimizer with :func:`from_groups`, :func:`config_from` or a constructor first. Where it has several Nadams
-    (``optax.partition``), each gets the steps and moments of its own leaves. See "Every checkpoint" in the documentation
-    for what to pass for which kind of file.
+    (``optax.partition``), each gets the steps and moments of its own leaves. "Every checkpoint" in the documentation
+    tells what to pass for which kind of file.
 
     Args:
       opt_state: the state that ``tx.init(params)`` made; it is not changed. The Nadam may be anywhere inside.

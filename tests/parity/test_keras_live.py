@@ -641,7 +641,7 @@ def container_of(container, keys, arrays):
 
 def continues_by_name(found, config):
     """The same, from the source alone."""
-    weights = ours.read_weights(found.source)
+    weights = ours.read_weights(found.source, config=config)
     assert len(weights) == len(found.weights)
     # The weights are random, so that their values tell which is which.
     names = [next(n for n, x in weights.items() if np.array_equal(x, w)) for w in found.weights]

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from optax_nadam import NadamConfig, clip_by_global_norm, compat
 
 LR, HALF = 1e-2, 10
-# After 10 further steps, in units of the learning rate; measured at most 2.2e-4: forward passes differ in rounding.
-BOUND = 1e-3
+# After 10 further steps, in units of the learning rate; measured at most 3.6e-5.
+BOUND = 2e-4
 RNG = np.random.default_rng(0)
 X, Y = (RNG.normal(size=(16, 4)).astype(np.float32) for _ in range(2))
 
@@ -149,7 +149,7 @@ def test_what_a_trainer_checkpoint_says(trainer):
         compat.torch.read(path, lr_scheduler_type="linear", num_warmup_steps=5)
     with pytest.raises(ValueError, match=r"LambdaLR.*lr_scheduler_type="):
         print(compat.torch.read(path).schedule)
-    with pytest.raises(ValueError, match=r"to_params put them on the wrong leaves"):
+    with pytest.raises(ValueError, match=r"'first/bias' has shape .*names .* must be in the order of the optimizer"):
         in_order = compat.torch.read(path, names=NAMES, lr_scheduler_type="linear", num_warmup_steps=2)
         tx = compat.torch.nadam(lambda count: 0.0)
         compat.torch.load_state(tx.init(to_params(arrays_of(Net()))), in_order, to_params)
