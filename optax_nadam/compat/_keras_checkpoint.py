@@ -69,7 +69,9 @@ _DECAYS = {"keras": 1.0, "tf_keras": 1.0, "legacy": 0.004}
 _Parse = Callable[[Mapping[str, Any], Any], NadamConfig]
 
 
-def checkpoint_of(stored: Stored, roles: Roles, config: NadamConfig | None, parse: _Parse) -> Checkpoint:
+def checkpoint_of(
+    stored: Stored, roles: Roles, config: NadamConfig | None, parse: _Parse, *, is_named: bool
+) -> Checkpoint:
     """The checkpoint that the arrays make.
 
     Args:
@@ -77,13 +79,14 @@ def checkpoint_of(stored: Stored, roles: Roles, config: NadamConfig | None, pars
       roles: which of its arrays is what.
       config: the hyperparameters, where they are known.
       parse: makes them of what is stored.
+      is_named: whether names tell the roles, or shapes.
     """
     count = _steps(_iterations(stored, roles, config), roles.accumulates, config)
     product, learning_rate = (
         None if i is None else parse_number(f"the {name}", stored.arrays[i])
         for name, i in (("product of the momenta", roles.product), ("learning rate", roles.learning_rate))
     )
-    if product is not None and None in stored.names:
+    if product is not None and not is_named:
         _check_product(product, count, config or NadamConfig(momentum_decay=_DECAYS[roles.dialect]))
     labels = _labels(stored, roles)
     moments = zip(labels, roles.m, roles.v, strict=True)

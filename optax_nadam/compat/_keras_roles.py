@@ -122,6 +122,8 @@ def by_names(stored: Stored) -> Roles | None:
     """Which array is what, if the names tell; those of a mapping must."""
     if None in stored.names:
         return None
+    if stored.keys is None:
+        _check_class(map(str, stored.names))
     known = [names for names in _NAMES if names.dialect in stored.dialects]
     roles = next((roles for roles in (_named(names, stored) for names in known) if roles is not None), None)
     if roles is None:
@@ -149,7 +151,6 @@ def _named(names: _Names, stored: Stored) -> Roles | None:
     if names.has_product and scalars["product"] is None and not is_wrapped:
         raise ValueError(_OTHER_CLASS.format(reason="it has no product of the momenta"))
     if stored.keys is None:
-        _check_class(scope)
         _check_roles(names, stored, [i for role in patterns for i in found[role].values()])
     m_indices, v_indices, weights = _in_order(m, v, stored)
     return Roles(
@@ -176,10 +177,11 @@ def _check_complete(known: Sequence[_Names], stored: Stored) -> None:
     raise ValueError(_INCOMPLETE.format(dialect=names.dialect, lacking=texts))
 
 
-def _check_class(scope: str) -> None:
+def _check_class(names: Iterable[str]) -> None:
     """Rejects the variables of another optimizer, whose names begin with its own."""
-    if re.sub(r"_\d+$", "", scope.partition("/")[0]).lower() in OTHERS:
-        raise ValueError(_OTHER_CLASS.format(reason=f"its names begin with {scope!r}"))
+    for name in names:
+        if re.sub(r"_\d+$", "", name.partition("/")[0]).lower() in OTHERS:
+            raise ValueError(_OTHER_CLASS.format(reason=f"it has {name!r}"))
 
 
 def _check_roles(names: _Names, stored: Stored, known: Collection[int]) -> None:

@@ -611,10 +611,11 @@ def _read(
     stored = read_source(source, dialect)
     if stored.config:
         _unwrapped(stored.config)
-    roles = by_names(stored) or by_shapes(stored, size)
+    named = by_names(stored)
+    roles = named or by_shapes(stored, size)
     if config is None and stored.config and roles.needs_config:
         config = config_from(stored.config)
-    found = checkpoint_of(stored, roles, config, _parse)
+    found = checkpoint_of(stored, roles, config, _parse, is_named=named is not None)
     try:
         schedule = _schedule_of(stored.config, roles)
     except ValueError as error:
