@@ -254,7 +254,8 @@ def _increasing(places: Mapping[_Weight, Sequence[int]]) -> tuple[int, ...] | No
     Raises:
       ValueError: there is none, so that the stored order is not the model's.
     """
-    first, last = _chosen(places.values()), _chosen([-i for i in x] for x in reversed(places.values()))
+    options = list(places.values())
+    first, last = _chosen(options), _chosen([-i for i in x] for x in reversed(options))
     if first is None or last is None:
         raise ValueError(_SHARED_NAMES.format(names=listed(list(dict.fromkeys(name for name, _ in places)))))
     return first if first == tuple(-i for i in reversed(last)) else None

@@ -307,8 +307,9 @@ def _checkpoint(count: int, m: Any, v: Any) -> Checkpoint:
     parameters: dict[Any, Parameter | None] = {}
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(m), jax.tree.leaves(v), strict=True):
         label = jax.tree_util.keystr(path)
-        parameters[label] = Parameter(count, None, np.float32, as_numpy(x), as_numpy(y))
-        check_parameter(label, parameters[label])
+        parameter = Parameter(count, None, np.float32, as_numpy(x), as_numpy(y))
+        check_parameter(label, parameter)
+        parameters[label] = parameter
     groups = (Group({}, tuple(parameters)),)
     return Checkpoint(_SOURCE, "Optax, AlgoPerf", parameters, groups, structure=jax.tree.structure(m), notes=_NOTES)
 

@@ -13,7 +13,7 @@ import optax
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
-from optax_nadam._rules import RULES
+from optax_nadam._rules import RULES, RuleName
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat import _torch_groups as shared
 from optax_nadam.compat import _torch_read as reader
@@ -106,7 +106,7 @@ def nadam(
 def config_from(
     config: Mapping[str, Any] | Checkpoint,
     *,
-    rule: str | None = None,
+    rule: RuleName | None = None,
     learning_rate: float | ScheduleConfig | None = None,
 ) -> NadamConfig:
     """The hyperparameters of a parameter group of ``torch.optim.NAdam``, or of ``Adam`` or ``AdamW``.

@@ -245,6 +245,28 @@ def test_none_or_many():
         compat.optax.dump_state(optax.chain(tx, tx).init(params))
 
 
+def test_replicated_state():
+    params, grads = problem(5)
+    _, running = run(optax.adam(LEARNING_RATE), params, grads[:9])
+    replicated, init = jax.tree.map(lambda x: jnp.stack([x] * 2), running), CONSTANT.build().init(params)
+    with pytest.raises(
+        ValueError, match=r"replicated over devices.*unreplicate.*jax.tree.map\(lambda x: x\[0\], state\)"
+    ):
+        compat.optax.load_state(init, replicated, config=CONSTANT)
+    one = compat.optax.load_state(init, jax.tree.map(lambda x: x[0], replicated), config=CONSTANT)
+    chex.assert_trees_all_equal(one, compat.optax.load_state(init, running, config=CONSTANT))
+
+
+def test_own_state(tmp_path):
+    """The error says what takes it, also where the containers are lost."""
+    params, grads = problem(5)
+    _, state = run(optax_nadam.nadam(), params, grads[:9])
+    for source in (state, through_flax(state, tmp_path)):
+        with pytest.raises(ValueError, match=r"holds the state of optax_nadam itself.*with optax_nadam.set_state"):
+            compat.optax.load_state(optax_nadam.nadam().init(params), source, config=CONSTANT)
+        chex.assert_trees_all_equal(optax_nadam.set_state(optax_nadam.nadam().init(params), source), state)
+
+
 def test_config_is_needed():
     params, _ = problem(0)
     tx = nadam(LEARNING_RATE)

@@ -20,7 +20,9 @@ def a_checkpoint():
     config = NadamConfig(eps=1e-8)
     state = compat.torch.nadam().init({"kernel": np.ones((2, 3), np.float32)})
     optimizer = compat.torch.dump_state(state, lambda params: {"weight": params["kernel"].T}, config=config)
-    return {"model": {"weight": np.ones((3, 2), np.float32)}, "optimizer": optimizer}
+    optimizer["param_groups"][0]["initial_lr"] = 1e-3
+    scheduler = {"T_max": 10, "eta_min": 0.0, "base_lrs": [1e-3], "last_epoch": 0, "_last_lr": [1e-3]}
+    return {"model": {"weight": np.ones((3, 2), np.float32)}, "optimizer": optimizer, "scheduler": scheduler}
 
 
 @pytest.mark.lenient("Optax's schedules mix dtypes")
