@@ -218,7 +218,10 @@ def fractions(o):
 
 
 REFUSED: dict[str, tuple[Make, str]] = {
-    "a factor by a function": (lambda o: theirs.LambdaLR(o, lambda n: 0.9**n), r"LambdaLR or Mult.*lr_scheduler_type=, one of 'lin"),
+    "a factor by a function": (
+        lambda o: theirs.LambdaLR(o, lambda n: 0.9**n),
+        r"LambdaLR or Mult.*lr_scheduler_type=, one of 'lin",
+    ),
     "a product by a function": (lambda o: theirs.MultiplicativeLR(o, lambda n: 0.9), r"LambdaLR or MultiplicativeLR"),
     "cycles": (lambda o: theirs.CyclicLR(o, 0.1, 0.2, cycle_momentum=False), r"max_lrs.*none of ConstantLR.*function"),
     "plateau": (theirs.ReduceLROnPlateau, r"ReduceLROnPlateau.*optax.contrib.reduce_on_plateau"),

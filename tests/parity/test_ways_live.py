@@ -166,8 +166,8 @@ class NAdamW(torch.optim.Optimizer):
         """The four keys of its groups."""
         super().__init__(params, {"lr": LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01})
 
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def step(self) -> None:
         """The rule ``simplified``, decoupled weight decay."""
         for group in self.param_groups:
             for p in group["params"]:
@@ -264,9 +264,7 @@ def test_averages_of_keras(keras, tmp_path):
 
 
 def test_schedules_of_keras(keras):
-    schedules = keras.optimizers.schedules
-
-    class WarmUp(schedules.LearningRateSchedule):
+    class WarmUp(keras.optimizers.schedules.LearningRateSchedule):  # type: ignore[name-defined]
         def __call__(self, step):
             return LR / (1.0 + keras.ops.cast(step, "float32"))
 
