@@ -185,6 +185,13 @@ def replace(file: Any, name: str, value: np.ndarray) -> None:
     file[name] = value
 
 
+def exchange(file: Any, a: str, b: str) -> None:
+    """Exchanges two arrays."""
+    file.move(a, "kept")
+    file.move(b, a)
+    file.move("kept", b)
+
+
 def arrays_of(file: Any, group: str) -> list[str]:
     """The names of the arrays under a group."""
     names: list[str] = []
@@ -226,7 +233,7 @@ def faults(file: Any, group: str) -> Iterator[tuple[str, Callable[[Any], None]]]
             yield f"{name} below 0", lambda f, name=name: replace(f, name, -1 - values[name])
     for a, b in itertools.combinations(names, 2):
         if values[a].shape != values[b].shape:
-            yield f"{a} and {b} exchanged", lambda f, a=a, b=b: (replace(f, a, values[b]), replace(f, b, values[a]))  # type: ignore[misc]
+            yield f"{a} and {b} exchanged", lambda f, a=a, b=b: exchange(f, a, b)
     listed_names = file[group].attrs.get("weight_names", [])
     for i in range(len(listed_names)):
         yield f"name {i} not listed", lambda f, i=i: without_name(f, group, i)
@@ -283,7 +290,7 @@ def test_weights_beside(dialect, kind, tmp_path):
         found[f"{name} shorter"] = lambda f, name=name: replace(f, name, np.ravel(values[name])[:-1])
     for a, b in itertools.combinations(names, 2):
         if values[a].shape != values[b].shape:
-            found[f"{a} and {b}"] = lambda f, a=a, b=b: (replace(f, a, values[b]), replace(f, b, values[a]))
+            found[f"{a} and {b}"] = lambda f, a=a, b=b: exchange(f, a, b)
     found["layers backward"] = lambda f: f["model_weights"].attrs.__setitem__(
         "layer_names", list(reversed(f["model_weights"].attrs["layer_names"]))
     )
