@@ -95,7 +95,7 @@ class Group(NamedTuple):
 class Checkpoint:
     """What the checkpoint of another framework holds of an optimizer; printed, it says so in about ten lines.
 
-    Each module of :mod:`optax_nadam.compat` makes it with its ``read``, and takes it wherever it takes a source.
+    Each module of ``optax_nadam.compat`` makes it with its ``read``, and takes it wherever it takes a source.
 
     Attributes:
       optimizer: the optimizer that the checkpoint is of.
@@ -237,7 +237,7 @@ class Checkpoint:
             return jax.tree.unflatten(self.structure, list(arrays.values()))
         return dict(arrays) if self.is_named else list(arrays.values())
 
-    def select(self, labels: Iterable[Label]) -> "Checkpoint":
+    def select(self, labels: Iterable[str | int]) -> "Checkpoint":
         """The checkpoint of some of the parameters, in the order given, for a model that has lost the others.
 
         Args:

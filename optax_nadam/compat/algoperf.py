@@ -160,7 +160,7 @@ def read(source: Any, *, names: Sequence[str] | None = None) -> Checkpoint:
       names: of the parameters of torch, as in :func:`optax_nadam.compat.torch.load_state`.
 
     Returns:
-      A :class:`Checkpoint`, taken wherever a source is.
+      A :class:`optax_nadam.compat.Checkpoint`, taken wherever a source is.
 
     Raises:
       ValueError: as :func:`load_state`.

@@ -577,8 +577,8 @@ def read(source: Any, *, config: NadamConfig | None = None, dialect: str | None 
       dialect: as in :func:`load_state`.
 
     Returns:
-      A :class:`Checkpoint`: its ``config`` are the hyperparameters and its ``weights`` the trainable weights, where
-      the source has them.
+      A :class:`optax_nadam.compat.Checkpoint`: its ``config`` are the hyperparameters and its ``weights`` the trainable
+      weights, where the source has them.
 
     Raises:
       ValueError: something in the source does not balance; the text names the arrays and what to do.

@@ -277,7 +277,7 @@ def read(source: Any) -> Checkpoint:
       source: as in :func:`load_state`.
 
     Returns:
-      A :class:`Checkpoint`, taken wherever a source is.
+      A :class:`optax_nadam.compat.Checkpoint`, taken wherever a source is.
 
     Raises:
       ValueError: ``source`` holds no such state or more than one, or impossible numbers.

@@ -245,7 +245,7 @@ def read(
         checkpoint of the Trainer.
 
     Returns:
-      A :class:`Checkpoint`: steps, moments, groups, schedule. Its ``select`` leaves parameters out.
+      A :class:`optax_nadam.compat.Checkpoint`: steps, moments, groups, schedule. Its ``select`` leaves parameters out.
 
     Raises:
       ValueError: something in the source does not balance; the text names the entries and what to do.
