@@ -906,13 +906,24 @@ def _other_arrays(entry: Entry) -> list[tuple[str, Any]]:
 
 
 def other_class(kind: Kind) -> Iterator[Case]:
+    known = (
+        "Nadam",
+        "NAdam",
+        "lacks",
+        "unknown keys",
+        "ScaleByAdamState",
+        "fit no",
+        "config is needed",
+        "holds no optimizer state",
+    )
     for name, source in kind.others.items():
-        yield Case(name, source, is_lost=True)
+        yield Case(name, source, known, is_lost=True)
 
 
 def two(kind: Kind) -> Iterator[Case]:
+    known = ("optimizer", "one ScaleByAdamState", "fit no")
     for name, source in kind.two.items():
-        yield Case(name, source, is_lost=True)
+        yield Case(name, source, known, is_lost=True)
 
 
 def order(kind: Kind) -> Iterator[Case]:
