@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_nadam import _validation as validation
-from optax_nadam.compat._account import parse_number
+from optax_nadam.compat._account import listed, parse_number
 from optax_nadam.compat._common import as_numpy
 
 DIALECTS = ("keras", "tf_keras", "legacy")
@@ -192,6 +192,10 @@ def _read_names(file: Any) -> Stored:
     """A file that names the optimizer's arrays."""
     optimizer, model = file["optimizer_weights"], file.get("model_weights", {})
     names = _attribute(optimizer, "weight_names")
+    if missing := [name for name in names if name not in optimizer]:
+        raise ValueError(
+            f"the file names the optimizer's arrays {listed(missing)}, but lacks them: it is not complete."
+        )
     layers = [model[name] for name in (_attribute(model, "layer_names") if model else [])]
     weights = {(layer.name, name): layer[name] for layer in layers for name in _attribute(layer, "weight_names")}
     return Stored(

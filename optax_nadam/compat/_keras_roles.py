@@ -198,7 +198,7 @@ def _scope(name: str | None) -> str:
 
 def _scalar(role: str, fitting: Sequence[int], scope: str, stored: Stored, is_wrapped: bool) -> int | None:
     """The optimizer's own among arrays whose names fit a role; a wrapper's own come first, in another scope."""
-    if is_wrapped and role != "product":
+    if is_wrapped and role != "product" and len(fitting) <= 2:
         fitting = [i for i in fitting if _scope(stored.names[i]) == scope]
     if len(fitting) > 1:
         raise ValueError(_TWO_OPTIMIZERS.format(role=role, names=", ".join(repr(stored.names[i]) for i in fitting)))

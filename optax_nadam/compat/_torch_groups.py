@@ -12,7 +12,7 @@ from optax_nadam._config import NadamConfig, build_with_masks
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam._tree import by_name, is_pair
 from optax_nadam.compat._account import Checkpoint, Label
-from optax_nadam.compat._common import as_number, cannot_express, check_expressible, check_keys, without
+from optax_nadam.compat._common import as_number, cannot_express, check_expressible, check_keys
 from optax_nadam.compat._match import NO_TAG, Matched, the_tag
 
 NAMES = {"learning_rate": "lr", "b1": "betas[0]", "b2": "betas[1]"}
@@ -69,11 +69,16 @@ _NO_PROPORTION = (
 _FROZEN = "frozen"
 
 
+def check_class(what: str, group: Mapping[str, Any], required: Iterable[str], known: Collection[str]) -> None:
+    """Rejects a group of another optimizer."""
+    own = {key: x for key, x in group.items() if key in known or key in _HYPERPARAMETERS - _BOOKKEEPING}
+    check_keys(what, own, known, required)
+
+
 def check_group(what: str, group: Mapping[str, Any], required: Iterable[str], known: Collection[str]) -> None:
     """Rejects a group of another optimizer, and warns of what is in a group besides hyperparameters."""
-    others = set(group) - set(known) - _BOOKKEEPING - _HYPERPARAMETERS
-    check_keys(what, without(group, {*others, *(_BOOKKEEPING - {*known})}), known, required)
-    if others:
+    check_class(what, group, required, known)
+    if others := set(group) - set(known) - _BOOKKEEPING - _HYPERPARAMETERS:
         validation.warn(_IGNORED.format(what=what, keys=", ".join(sorted(others))))
     cycled = sorted({"base_momentum", "max_momentum"} & set(group))
     if cycled:

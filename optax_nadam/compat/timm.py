@@ -191,14 +191,15 @@ def config_from(
     """
     if isinstance(config, Checkpoint):
         return config.config_with(learning_rate)
+    what, required, known = _keys(config)
+    shared.check_group(what, config, required, known)
+    lr = shared.learning_rate_of(what, config, learning_rate)
     if "schedule_decay" in config:
-        shared.check_group(f"{_LEGACY} group", config, _LEGACY_NUMBERS, _LEGACY_NUMBERS)
         given = {name: as_number(config[name]) for name in _LEGACY_NUMBERS[1:]}
-        lr = shared.learning_rate_of(f"{_LEGACY} group", config, learning_rate)
         return config_of(_LEGACY_NAMES, {"learning_rate": lr, **_legacy_fields(**given)})
-    _check_nadamw_group(config)
+    if config.get("corrected_weight_decay") and config.get("max_lr_snapshot") is None:
+        raise ValueError(f"{what} with corrected_weight_decay lacks max_lr_snapshot: add the lr it was made with.")
     given = {name: as_number(config.get(name, _CHOICES.get(name))) for name in (*_NUMBERS[1:], *_CHOICES)}
-    lr = shared.learning_rate_of(f"{_NADAMW} group", config, learning_rate)
     return config_of(_NAMES, {"learning_rate": lr, **_nadamw_fields(**given)})
 
 
@@ -267,6 +268,10 @@ def read(
 
 def _layout_of(groups: Sequence[Mapping[str, Any]]) -> reader.Layout:
     """What the optimizer of these groups stores."""
+    for group in groups:
+        if set(group) - {"params", "param_names"}:
+            what, required, known = _keys(group)
+            shared.check_class(what, group, required, known)
     return _LEGACY_LAYOUT if any("schedule_decay" in group for group in groups) else _NADAMW_LAYOUT
 
 
@@ -364,14 +369,14 @@ def dump_state(
     return dump(opt_state, from_params, groups, _layout_of(groups), params, as_tensor)
 
 
-def _check_nadamw_group(group: Mapping[str, Any]) -> None:
-    """Rejects what is no group of ``NAdamW``."""
-    what = f"{_NADAMW} group"
+def _keys(group: Mapping[str, Any]) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """The optimizer of a group, the keys that it must have, and those that it may have."""
+    if "schedule_decay" in group:
+        return f"{_LEGACY} group", _LEGACY_NUMBERS, _LEGACY_NUMBERS
     others = {*_CHOICES, *_EXECUTION} - {"foreach"}
-    required = (*_NUMBERS, "maximize", "capturable") if others & set(group) else _NUMBERS  # of others of timm's, some
-    shared.check_group(what, group, required, (*_NUMBERS, *_CHOICES, *_EXECUTION))
-    if group.get("corrected_weight_decay") and group.get("max_lr_snapshot") is None:
-        raise ValueError(f"{what} with corrected_weight_decay lacks max_lr_snapshot: add the lr it was made with.")
+    # Without any of these it may be of an old release, or AlgoPerf's; other optimizers of timm have some.
+    required = (*_NUMBERS, "maximize", "capturable") if others & set(group) else _NUMBERS
+    return f"{_NADAMW} group", required, (*_NUMBERS, *_CHOICES, *_EXECUTION)
 
 
 def _nadamw_fields(
