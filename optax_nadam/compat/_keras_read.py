@@ -192,12 +192,13 @@ def _read_names(file: Any) -> Stored:
     """A file that names the optimizer's arrays."""
     optimizer, model = file["optimizer_weights"], file.get("model_weights", {})
     names = _attribute(optimizer, "weight_names")
-    if missing := [name for name in names if name not in optimizer]:
-        raise ValueError(
-            f"the file names the optimizer's arrays {listed(missing)}, but lacks them: it is not complete."
-        )
     layers = [model[name] for name in (_attribute(model, "layer_names") if model else [])]
-    weights = {(layer.name, name): layer[name] for layer in layers for name in _attribute(layer, "weight_names")}
+    weights = {(layer.name, name): layer.get(name) for layer in layers for name in _attribute(layer, "weight_names")}
+    missing = [name for name in names if name not in optimizer] + [
+        name for (_, name), x in weights.items() if x is None
+    ]
+    if missing:
+        raise ValueError(f"the file names the arrays {listed(missing)}, but lacks them: it is not complete.")
     return Stored(
         [np.asarray(optimizer[name]) for name in names],
         names,
