@@ -201,11 +201,11 @@ def _counted(leaves: Iterable[Any]) -> dict[float, int]:
         fourfold = 4 * np.real(block).astype(np.float32)
         with np.errstate(invalid="ignore"):
             codes = fourfold.astype(np.int16)
-        others += np.count_nonzero(codes != fourfold)
+        others += int(np.count_nonzero(codes != fourfold))
         counts += np.bincount(codes.view(np.uint16), minlength=2**16)
-    codes = np.flatnonzero(counts)
-    quarters = codes.astype(np.uint16).view(np.int16) / 4
-    return dict(zip(quarters.tolist(), counts[codes].tolist(), strict=True)) | ({np.nan: others} if others else {})
+    present = np.flatnonzero(counts)
+    quarters = present.astype(np.uint16).view(np.int16) / 4
+    return dict(zip(quarters.tolist(), counts[present].tolist(), strict=True)) | ({np.nan: others} if others else {})
 
 
 def _blocks(leaves: Iterable[Any]) -> Iterator[np.ndarray]:
