@@ -303,7 +303,10 @@ class Checkpoint:
 
     def _group(self, group: Group) -> str:
         numbers = _count(self.parameters[label] for label in group.labels)
-        shown = {name: group.options[name] for name in _SHOWN if group.options.get(name) is not None}
+        stored = group.options
+        while inner := stored.get("config") or stored.get("inner_optimizer"):  # as Keras serializes objects
+            stored = inner
+        shown = {name: stored[name] for name in _SHOWN if isinstance(stored.get(name), int | float | tuple | list)}
         options = ", ".join(f"{name}={x!r}" for name, x in shown.items()) or "hyperparameters not stored"
         return f"{len(group.labels)} parameters, {numbers} numbers; {options}"
 
@@ -319,7 +322,7 @@ class Checkpoint:
         return "computed from steps and hyperparameters" if self.product is None else f"{self.product:.6g}, stored"
 
 
-_SHOWN = ("lr", "initial_lr", "learning_rate", "weight_decay", "betas")
+_SHOWN = tuple(str.split("lr initial_lr learning_rate weight_decay betas clipnorm global_clipnorm clipvalue"))
 
 
 def _count(parameters: Iterable[Parameter | None]) -> int:

@@ -61,10 +61,7 @@ VERSIONS = {
     "tf_keras": "tf_keras, TensorFlow from 2.11",
     "legacy": "TensorFlow up to 2.10, tf_keras legacy, Keras 2",
 }
-_NOTES = (
-    "exclude_from_weight_decay, constraints of weights",
-    "clips (clipnorm and the others), unless hyperparameters are stored",
-)
+_NOTE = "exclude_from_weight_decay, constraints of weights, repeated ids of an Embedding"
 _DECAYS = {"keras": 1.0, "tf_keras": 1.0, "legacy": 0.004}
 _Parse = Callable[[Mapping[str, Any], Any], NadamConfig]
 
@@ -107,7 +104,7 @@ def checkpoint_of(
         parse,
         stored_weights=values,
         learning_rate=learning_rate,
-        notes=_NOTES,
+        notes=(_NOTE,) if stored.config else (_NOTE, "clips (clipnorm and the others)"),
     )
 
 

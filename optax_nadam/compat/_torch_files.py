@@ -35,12 +35,14 @@ class Opened(NamedTuple):
       optimizer: ``{"state": ..., "param_groups": ...}``; no groups where the source has names alone.
       scheduler: the state of its learning rate scheduler, where the source has one.
       steps: the number of steps that the run was to take, where the source tells it.
+      weights: the model's weights by name, where they are beside.
       version: what wrote it, where that shows.
     """
 
     optimizer: Mapping[str, Any]
     scheduler: Mapping[str, Any] | None = None
     steps: int | None = None
+    weights: Mapping[str, Any] | None = None
     version: str = ""
 
 
@@ -80,8 +82,17 @@ def _directory(path: Path, optimizer: str) -> Opened:
     return opened(_load(files[0]), optimizer)._replace(
         scheduler=_load(scheduler) if scheduler.exists() else None,
         steps=progress.get("max_steps") if isinstance(progress, Mapping) else None,
+        weights=_safetensors(path / "model.safetensors"),
         version=_WRITERS[files[0].suffix],
     )
+
+
+def _safetensors(path: Path) -> Mapping[str, Any] | None:
+    """The weights in a file, where there is one and the package that reads it; they are not needed."""
+    try:
+        return importlib.import_module("safetensors.torch").load_file(path) if path.exists() else None
+    except ImportError:
+        return None
 
 
 def _lightning(source: Mapping[str, Any], optimizer: str) -> Opened:
@@ -91,7 +102,9 @@ def _lightning(source: Mapping[str, Any], optimizer: str) -> Opened:
         example = "checkpoint['optimizer_states'][0], and checkpoint['lr_schedulers'][0] as scheduler of read"
         raise ValueError(_SEVERAL.format(where="source['optimizer_states']", count=len(states), example=example))
     scheduler = schedulers[0] if len(schedulers) == 1 else None
-    return Opened(_nested(states[0], optimizer), scheduler, version="by Lightning")
+    # Of averaged weights state_dict is the average.
+    weights = None if "current_model_state" in source else source.get("state_dict")
+    return Opened(_nested(states[0], optimizer), scheduler, weights=weights, version="by Lightning")
 
 
 def _nested(source: Any, optimizer: str) -> Mapping[str, Any]:

@@ -41,8 +41,9 @@ _SHARDED = (
 )
 _ALPHABETICAL = (
     "names are in alphabetical order ({first!r} before {second!r}), as the keys of model.safetensors are, but the"
-    " checkpoint has the order of the optimizer: pass names=[n for n, _ in model.named_parameters()]. If that is the"
-    " order there, leave names out: to_params then gets a list."
+    " checkpoint has the order of the optimizer: pass names=[n for n, _ in model.named_parameters()], of several groups"
+    " one group after another (the Trainer of transformers has those that decay first). If the alphabetical order is"
+    " the optimizer's, leave names out: to_params then gets a list."
 )
 _OTHER_SHAPE = (
     "the moments of {label!r} have shape {got}, but its weights {expected}: names are not in the order of the"
@@ -142,7 +143,10 @@ def read(
         validation.warn(_IGNORED.format(keys=", ".join(ignored), optimizer=layout.optimizer))
         state = {i: without(entry, ignored) for i, entry in state.items()}
     parameters = {label: _parameter(label, state.get(i), layout) for label, i in zip(labels, ids, strict=True)}
-    return _checkpoint(layout, found, _groups(groups, labels), parameters, _parse_weights(weights, parameters), request)
+    beside = _weights_beside(found.weights, parameters)
+    given = _parse_weights(beside if weights is None else weights, parameters)
+    checkpoint = _checkpoint(layout, found, _groups(groups, labels), parameters, given, request)
+    return dataclasses.replace(checkpoint, stored_weights=beside)
 
 
 def _by_id(state: Mapping[Any, Any], ids: Sequence[Any]) -> Mapping[Any, Any]:
@@ -292,6 +296,15 @@ def _parameter(label: Label, entry: Mapping[str, Any] | None, layout: Layout) ->
 def _dtype_of(scalar: Any) -> Any:
     """The dtype of a tensor or an array; float32 for a Python number."""
     return jnp.dtype(str(getattr(scalar, "dtype", "float32")).removeprefix("torch."))
+
+
+def _weights_beside(
+    weights: Mapping[str, Any] | None, parameters: Mapping[Label, Parameter | None]
+) -> Mapping[Any, Any] | None:
+    """The weights of the parameters that are stored beside them, where they have all of their names."""
+    if weights is None or not parameters or not all(label in weights for label in parameters):
+        return None
+    return {label: as_numpy(weights[label]) for label in parameters}  # type: ignore[index]  # names
 
 
 def _parse_weights(

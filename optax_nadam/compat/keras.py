@@ -596,8 +596,8 @@ def read(source: Any, *, config: NadamConfig | None = None, dialect: str | None 
       learning rate no schedule stored
       product       0.4501, stored
       weights       not in the checkpoint
-      not stored    exclude_from_weight_decay, constraints of weights
-      not stored    clips (clipnorm and the others), unless hyperparameters are stored
+      not stored    exclude_from_weight_decay, constraints of weights, repeated ids of an Embedding
+      not stored    clips (clipnorm and the others)
     """
     return _read(source, config=config, dialect=dialect)
 

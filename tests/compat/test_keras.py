@@ -597,8 +597,8 @@ BAD_CALLS: list[tuple[Any, str]] = [
     (lambda: keras.config_to(NadamConfig(), dialect="torch"), r"one of 'keras', 'tf_keras', 'legacy', got 'torch'"),
     (lambda: keras.dump_state(fresh(), from_params, dialect="torch"), r"dialect must be one of .* got 'torch'"),
     (lambda: keras.dump_state(fresh(), from_params), r"config is needed for dialect='keras'"),
-    (lambda: keras.set_weights(fresh(), LEGACY_WEIGHTS[:2], to_params), r"of shapes \(\), \(\), fit no known layout.*\[iterations, product, \*m, \*v\]"),
-    (lambda: keras.set_weights(fresh(), LEGACY_WEIGHTS[:5], to_params), r"fit no known layout.*\[iterations, product, \*m, \*v\]"),
+    (lambda: keras.set_weights(fresh(), LEGACY_WEIGHTS[:2], to_params), r"of shapes \(\), \(\), fit no known layout"),
+    (lambda: keras.set_weights(fresh(), LEGACY_WEIGHTS[:5], to_params), r"fit no known layout"),
     (lambda: keras.set_weights(fresh(), [np.array(-1), *LEGACY_WEIGHTS[1:]], to_params), r"not negative, got -1"),
     (lambda: keras.get_weights(optax.sgd(0.1).init(jnp.ones(2)), list), r"one ScaleByNadamState, but holds 0"),
 ]  # fmt: skip
