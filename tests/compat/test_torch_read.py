@@ -342,3 +342,63 @@ def test_only_rearranging():
     checkpoint = {**NAMED, "param_groups": GROUPS}
     with pytest.raises(ValueError, match=r"must rearrange numbers only .*but it made \[0.5\] of \[-1, 1, 2, 3\]"):
         compat.torch.from_groups(checkpoint, lambda w: to_params({**w, "kernel": np.asarray(w["kernel"]) / 2}))
+
+
+def test_read_once():
+    """What ``read`` returns is taken in place of the source, and says what it holds."""
+    names = KINDS["two unnamed groups"]["names"]
+    found = compat.torch.read(KINDS["two unnamed groups"]["checkpoint"], names=names)
+    assert (found.count, found.names, found.schedule) == (BEFORE, names, None)
+    assert compat.torch.read(found) is found
+    tx, params = compat.torch.from_groups(found, to_params), to_params(WEIGHTS)
+    state = compat.torch.load_state(tx.init(params), found, to_params)
+    whole = KINDS["two unnamed groups"]["checkpoint"]
+    chex.assert_trees_all_equal(state, compat.torch.load_state(tx.init(params), whole, to_params, names=names))
+    for line in ("steps         12", "group 1       2 parameters, 4 numbers; lr=0.01, weight_decay=0.0", "stored"):
+        assert line in str(found)
+
+
+@pytest.mark.parametrize(
+    ("ask", "text"),
+    [
+        (lambda found: found.config, r"2 parameter groups with different hyperparameters.*from_groups"),
+        (lambda found: found.weights, r"does not tell which of its weights are trainable"),
+        (lambda found: found.select(["kernel", "head"]), r"has no parameters 'head'; it has 'kernel'"),
+        (lambda found: load(found, names=NAMES), r"names and weights belong to read"),
+        (lambda found: compat.torch.from_groups(found, lambda w: w, learning_rate=0.1).init({"w": jnp.ones(2)}),
+         r"params differ in structure"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there(ask, text):
+    checkpoint, names = KINDS["two unnamed groups"]["checkpoint"], KINDS["two unnamed groups"]["names"]
+    with pytest.raises(ValueError, match=text):
+        ask(compat.torch.read(checkpoint, names=names))
+
+
+def test_selected_parameters():
+    found = compat.torch.read(NAMED).select(["bias", "conv"])
+    assert (found.names, found.count) == (["bias", "conv"], BEFORE)
+    state = compat.torch.load_state(
+        compat.torch.nadam().init({"b": jnp.ones(3)}), found.select(["bias"]), lambda w: {"b": w["bias"]}
+    )
+    np.testing.assert_array_equal(get_state(state).m["b"], NAMED["state"][1]["exp_avg"])
+    in_order = compat.torch.read(UNNAMED).select([1, 2])
+    assert list(in_order.parameters) == [0, 1]
+
+
+def test_proportions_of_learning_rates():
+    """A learning rate is the first group's; others have it in the proportion of their initial ones."""
+    tx = compat.torch.from_groups(
+        {**LAYERS, "param_groups": GROUPS}, to_params, learning_rate=optax.linear_schedule(0.5, 0.0, BEFORE * 2)
+    )
+    params = jax.tree.map(jnp.ones_like, to_params(WEIGHTS))
+    state = compat.torch.load_state(tx.init(params), {**LAYERS, "param_groups": GROUPS}, to_params)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
+    still, _ = compat.torch.from_groups({**LAYERS, "param_groups": GROUPS}, to_params).update(
+        jax.tree.map(jnp.zeros_like, params), state, params
+    )
+    ratios = jax.tree.map(lambda x, y: float(jnp.mean(x) / jnp.mean(y)), updates, still)
+    np.testing.assert_allclose(jax.tree.leaves(ratios), 0.25 / LR, rtol=1e-4)
+    zero = [{**group, "lr": 0.0 if i == 0 else group["lr"]} for i, group in enumerate(GROUPS)]
+    with pytest.raises(ValueError, match=r"in proportion to their initial ones, but these are \[0.0, "):
+        compat.torch.from_groups({**LAYERS, "param_groups": zero}, to_params, learning_rate=0.5)
