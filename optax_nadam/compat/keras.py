@@ -607,6 +607,8 @@ def _read(
 ) -> Checkpoint:
     """The checkpoint in a source; of two layouts that fit the shapes, the one with ``size`` numbers in the params."""
     if isinstance(source, Checkpoint):
+        if dialect is not None:
+            raise ValueError("dialect belongs to read: a checkpoint that was read has it.")
         return source
     stored = read_source(source, dialect)
     if stored.config:

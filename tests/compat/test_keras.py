@@ -594,6 +594,7 @@ BAD_CALLS: list[tuple[Any, str]] = [
      r"fit no known layout. Expected one of: tf_keras"),
     (lambda: keras.load_state(fresh(), variables(LEGACY_WEIGHTS, LEGACY_NAMES), to_params, dialect="tf_keras"),
      r"fit no known layout. Expected one of: tf_keras"),
+    (lambda: keras.load_state(fresh(), keras.read(LEGACY_WEIGHTS), to_params, dialect="legacy"), r"belongs to read"),
     (lambda: keras.config_to(NadamConfig(), dialect="torch"), r"one of 'keras', 'tf_keras', 'legacy', got 'torch'"),
     (lambda: keras.dump_state(fresh(), from_params, dialect="torch"), r"dialect must be one of .* got 'torch'"),
     (lambda: keras.dump_state(fresh(), from_params), r"config is needed for dialect='keras'"),
