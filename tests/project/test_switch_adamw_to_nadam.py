@@ -11,7 +11,7 @@ STEPS, EARLY = 30, 10
 def test_switch(example, start, monkeypatch, capsys, tmp_path):
     name, picture, states = "switch_adamw_to_nadam", tmp_path / "switch.png", {}
     example = example(name)
-    monkeypatch.setattr(example, "RULES", ("adam", "scheduled"))  # a third takes as long to compile
+    monkeypatch.setattr(example, "RULES", ("scheduled",))  # each takes as long to compile
     made = example.continuations
     monkeypatch.setattr(example, "continuations", lambda *arguments: states.update(made(*arguments)) or dict(states))
     after = start(name, "--steps", str(STEPS), "--seed", "1", "--out", str(picture))
@@ -22,14 +22,11 @@ def test_switch(example, start, monkeypatch, capsys, tmp_path):
 
     adamw = after[example.ADAMW]
     assert adamw.shape == (STEPS,)
-    # Optax forms 1 - b2^t in float32, off by up to 2^-24 / (1 - 0.95^40) of itself: nothing, beside a step.
-    np.testing.assert_allclose(after["adam, float32"], adamw, rtol=2e-5)
-    for rule in example.RULES:
-        wide, narrow = (after[f"{rule}, {form}"] for form in example.FORMATS)
-        np.testing.assert_allclose(wide[0], adamw[0], rtol=1e-6)  # the same weights, before the first step
-        assert abs(wide[:EARLY].mean() / adamw[:EARLY].mean() - 1) < 0.02  # single batches depend on the text
-        np.testing.assert_allclose(narrow, wide, rtol=5e-3)
-        assert np.any(narrow != wide)
+    wide, narrow = (after[f"scheduled, {form}"] for form in example.FORMATS)
+    np.testing.assert_allclose(wide[0], adamw[0], rtol=1e-6)  # the same weights, before the first step
+    assert abs(wide[:EARLY].mean() / adamw[:EARLY].mean() - 1) < 0.02  # single batches depend on the text
+    np.testing.assert_allclose(narrow, wide, rtol=5e-3)
+    assert np.any(narrow != wide)
     for wrong in (example.ZERO, example.UNCOUNTED):
         assert np.abs(after[wrong] / after["scheduled, float32"] - 1).max() > 0.005
 
