@@ -52,6 +52,7 @@ _SCHEDULED = (
     "{what} has initial_lr={initial!r}: a scheduler sets its learning rate, and the current one, {lr!r}, is taken for"
     " all steps to come. Pass learning_rate=, a schedule of the run's steps, or the scheduler's state to read."
 )
+_UNREAD = "the current learning rate of each group, {lr}, is taken for all steps to come: {reason}"
 _ENDED = (
     "{what} has lr=0, with which no parameter moves: its scheduler has ended, or has not begun"
     " (initial_lr={initial!r}). Pass learning_rate=, a number or a schedule of the run's steps, or the scheduler's"
@@ -179,11 +180,11 @@ def _kind(found: Checkpoint, configs: Sequence[NadamConfig], label: Label) -> _K
 
 
 def _rates(found: Checkpoint) -> list[Any]:
-    """The learning rate of each group, None for the first that has no schedule: its parser warns, for all of them."""
-    rates: list[Any] = [group.schedule for group in found.groups]
-    for i in [i for i, rate in enumerate(rates) if rate is None][1:]:
-        if "lr" in found.groups[i].options:
-            rates[i] = _current_lr(f"{found.optimizer} group", found.groups[i].options)
+    """The learning rate of each group: its schedule, or else its current one, with a warning where that was set."""
+    if not found.unread_schedule or any("lr" not in group.options for group in found.groups):
+        return [group.schedule for group in found.groups]
+    rates = [_current_lr(f"{found.optimizer} group", group.options) for group in found.groups]
+    validation.warn(_UNREAD.format(lr=", ".join(map(repr, rates[:3])), reason=found.unread_schedule))
     return rates
 
 

@@ -34,7 +34,7 @@ BOUND = 2e-4
 WARNS = {
     "layer-wise groups": r"keys that are ignored: group_name, layer_id",
     "timm NAdamW, layers": r"keys that are ignored: group_name, layer_id",
-    "OneCycleLR": r"base_momentum and max_momentum: OneCycleLR has cycled|initial_lr=0.0004: a scheduler sets",
+    "OneCycleLR": r"base_momentum and max_momentum: OneCycleLR has cycled|is taken for all steps to come",
 }
 
 

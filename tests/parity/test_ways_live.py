@@ -104,7 +104,9 @@ def cosine_run(steps: int, until: int) -> Iterator[Any]:
 def test_schedule_that_is_not_in_the_checkpoint():
     run = cosine_run(BEFORE, 20)
     params, source, scheduler = next(run)
-    with pytest.warns(UserWarning, match=r"initial_lr=0.02.*Pass learning_rate=.*or the scheduler's state to read"):
+    with pytest.warns(
+        UserWarning, match=r"taken for all steps to come: .*Pass scheduler=scheduler.state_dict\(\) to read"
+    ):
         constant = compat.torch.from_groups(source, to_params)
     with pytest.warns(UserWarning, match=r"had a schedule.*Pass learning_rate=.*to from_groups"):
         compat.torch.load_state(constant.init(params), source, to_params)
