@@ -252,6 +252,8 @@ class Checkpoint:
         if self.structure is not None:
             raise ValueError("select is for parameters by name or in order; of a tree, pass the part that is wanted.")
         chosen = list(labels)
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"select takes each parameter once, got {listed(chosen)}.")
         unknown = [label for label in chosen if label not in self.parameters]
         if unknown:
             raise ValueError(f"the checkpoint has no parameters {listed(unknown)}; it has {listed(self.parameters)}.")
@@ -308,7 +310,8 @@ class Checkpoint:
             stored = inner
         shown = {name: stored[name] for name in _SHOWN if isinstance(stored.get(name), int | float | tuple | list)}
         options = ", ".join(f"{name}={x!r}" for name, x in shown.items()) or "hyperparameters not stored"
-        return f"{len(group.labels)} parameters, {numbers} numbers; {options}"
+        plural = "" if len(group.labels) == 1 else "s"
+        return f"{len(group.labels)} parameter{plural}, {numbers} numbers; {options}"
 
     def _learning_rate(self) -> str:
         if self.unread_schedule:

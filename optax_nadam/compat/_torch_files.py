@@ -58,6 +58,8 @@ def opened(source: Any, optimizer: str) -> Opened:
 
 def _load(path: Path) -> Any:
     """What is in a file of torch's, which must be plain data."""
+    if not path.exists():
+        raise FileNotFoundError(f"source is the path {path}, where there is no file and no directory.")
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:

@@ -68,6 +68,10 @@ _NO_SCHEDULER = (
     " scheduler=scheduler.state_dict() to read (for those of transformers also lr_scheduler_type= and its arguments),"
     " or learning_rate=, a function of the steps, to from_groups or config_from."
 )
+_NO_STATE_OF_SCHEDULER = (
+    "read got {given}, but there is no scheduler in the source. Pass scheduler=, what scheduler.state_dict() returned,"
+    " or lr_scheduler_type=, a schedule of transformers."
+)
 _IGNORED = "{keys}=1.0 is ignored: the groups are those of {optimizer}, which has no product of momenta."
 _CLIP = "the Trainer clips by global norm, max_grad_norm=1.0 by default: optax_nadam.clip_by_global_norm"
 
@@ -107,6 +111,9 @@ class Request(NamedTuple):
     arguments: Mapping[str, Any] = {}
 
 
+NOTHING = Request()
+
+
 def whole(param_groups: Any) -> Any:
     """The checkpoint, or one without a state around parameter groups alone."""
     alone = isinstance(param_groups, Sequence) and not isinstance(param_groups, str)
@@ -118,7 +125,7 @@ def read(
     choose: Callable[[Sequence[Mapping[str, Any]]], Layout],
     names: Sequence[str] | None,
     weights: Mapping[str, Any] | Sequence[Any] | None,
-    request: Request = Request(),  # noqa: B008  # a constant
+    request: Request = NOTHING,
 ) -> Checkpoint:
     """What a checkpoint holds, accounted for.
 
@@ -130,8 +137,11 @@ def read(
       request: what the caller says of the schedule.
     """
     if isinstance(source, Checkpoint):
-        if names is not None or weights is not None:
-            raise ValueError("names and weights belong to read: a checkpoint that was read has them.")
+        if names is not None or weights is not None or request != NOTHING:
+            raise ValueError(
+                "names, weights and what is said of the scheduler belong to the first read: a checkpoint that was read"
+                " has them."
+            )
         return source
     found = opened(source, "optimizer")
     groups = list(found.optimizer["param_groups"])
@@ -144,7 +154,7 @@ def read(
         state = {i: without(entry, ignored) for i, entry in state.items()}
     parameters = {label: _parameter(label, state.get(i), layout) for label, i in zip(labels, ids, strict=True)}
     beside = _weights_beside(found.weights, parameters)
-    given = _parse_weights(beside if weights is None else weights, parameters)
+    given = (beside or {}) if weights is None else _parse_weights(weights, parameters)
     checkpoint = _checkpoint(layout, found, _groups(groups, labels), parameters, given, request)
     return dataclasses.replace(checkpoint, stored_weights=beside)
 
@@ -180,7 +190,7 @@ def _checkpoint(
     try:
         schedules = _schedules(checkpoint, found, request)
     except ValueError as error:
-        if request != Request():
+        if request != NOTHING:
             raise
         return dataclasses.replace(checkpoint, unread_schedule=str(error))
     with_schedules = tuple(g._replace(schedule=schedule) for g, schedule in zip(groups, schedules, strict=True))
@@ -194,6 +204,8 @@ def _schedules(checkpoint: Checkpoint, found: Opened, request: Request) -> Seque
     if scheduler is None and request.lr_scheduler_type is not None:
         scheduler = _lambda_lr(options, count)
     if scheduler is None:
+        if request != NOTHING:
+            raise ValueError(_NO_STATE_OF_SCHEDULER.format(given=", ".join(_given(request))))
         if any("initial_lr" in group for group in options):
             raise ValueError(_NO_SCHEDULER)
         return [None] * len(options)
@@ -201,6 +213,11 @@ def _schedules(checkpoint: Checkpoint, found: Opened, request: Request) -> Seque
     if request.lr_scheduler_type is not None and found.steps is not None:
         arguments.setdefault("num_training_steps", found.steps)
     return schedules_of(scheduler, options, count, request.steps_per_epoch, request.lr_scheduler_type, arguments)
+
+
+def _given(request: Request) -> list[str]:
+    """The names of what the caller says of a schedule."""
+    return [*(["steps_per_epoch"] if request.steps_per_epoch is not None else []), *request.arguments]
 
 
 def _lambda_lr(options: Sequence[Mapping[str, Any]], count: int) -> dict[str, Any]:
@@ -298,25 +315,21 @@ def _dtype_of(scalar: Any) -> Any:
     return jnp.dtype(str(getattr(scalar, "dtype", "float32")).removeprefix("torch."))
 
 
-def _weights_beside(
-    weights: Mapping[str, Any] | None, parameters: Mapping[Label, Parameter | None]
-) -> Mapping[Any, Any] | None:
+def _weights_beside(weights: Any, parameters: Mapping[Label, Parameter | None]) -> Mapping[Any, Any] | None:
     """The weights of the parameters that are stored beside them, where they have all of their names."""
     if weights is None or not parameters or not all(label in weights for label in parameters):
         return None
-    return {label: as_numpy(weights[label]) for label in parameters}  # type: ignore[index]  # names
+    found = {label: as_numpy(weights[label]) for label in parameters}
+    _check_weights(found, parameters)
+    return found
 
 
-def _parse_weights(
-    weights: Mapping[str, Any] | Sequence[Any] | None, parameters: Mapping[Label, Parameter | None]
-) -> Mapping[Any, Any]:
+def _parse_weights(weights: Any, parameters: Mapping[Label, Parameter | None]) -> Mapping[Any, Any]:
     """The model's own arrays by label; their shapes are those of the moments."""
-    if weights is None:
-        return {}
     if not isinstance(weights, Mapping):
         if len(weights) != len(parameters):
             raise ValueError(f"weights must be the {len(parameters)} parameters of the checkpoint, got {len(weights)}.")
-        weights = dict(zip(parameters, weights, strict=True))  # type: ignore[arg-type]  # labels may be positions
+        weights = dict(zip(parameters, weights, strict=True))
     elif any(isinstance(label, int) for label in parameters):
         raise ValueError(
             "weights are by name, but the checkpoint does not name its parameters: pass names=[n for n, _ in"

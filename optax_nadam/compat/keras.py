@@ -592,7 +592,7 @@ def read(source: Any, *, config: NadamConfig | None = None, dialect: str | None 
       steps         1
       parameters    1, with 1 numbers
       names         none: a list in order
-      group 0       1 parameters, 1 numbers; hyperparameters not stored
+      group 0       1 parameter, 1 numbers; hyperparameters not stored
       learning rate no schedule stored
       product       0.4501, stored
       weights       not in the checkpoint

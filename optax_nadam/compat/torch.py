@@ -262,7 +262,7 @@ def read(
       steps         3
       parameters    1, with 6 numbers
       names         w
-      group 0       1 parameters, 6 numbers; lr=0.01, weight_decay=0.0, betas=(0.9, 0.999)
+      group 0       1 parameter, 6 numbers; lr=0.01, weight_decay=0.0, betas=(0.9, 0.999)
       learning rate no schedule stored
       product       0.09, stored
       weights       not in the checkpoint

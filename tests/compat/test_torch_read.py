@@ -364,7 +364,10 @@ def test_read_once():
         (lambda found: found.config, r"2 parameter groups with different hyperparameters.*from_groups"),
         (lambda found: found.weights, r"does not tell which of its weights are trainable"),
         (lambda found: found.select(["kernel", "head"]), r"has no parameters 'head'; it has 'kernel'"),
-        (lambda found: load(found, names=NAMES), r"names and weights belong to read"),
+        (lambda found: found.select(["kernel", "kernel"]), r"each parameter once, got 'kernel', 'kernel'"),
+        (lambda found: load(found, names=NAMES), r"names, weights and .* belong to the first read"),
+        (lambda found: compat.torch.read(found, steps_per_epoch=3), r"the scheduler belong to the first read"),
+        (lambda found: compat.torch.read(NAMED, nmaes=NAMES), r"read got nmaes, but there is no scheduler"),
         (lambda found: compat.torch.from_groups(found, lambda w: w, learning_rate=0.1).init({"w": jnp.ones(2)}),
          r"params differ in structure"),
     ],
@@ -402,3 +405,8 @@ def test_proportions_of_learning_rates():
     zero = [{**group, "lr": 0.0 if i == 0 else group["lr"]} for i, group in enumerate(GROUPS)]
     with pytest.raises(ValueError, match=r"in proportion to their initial ones, but these are \[0.0, "):
         compat.torch.from_groups({**LAYERS, "param_groups": zero}, to_params, learning_rate=0.5)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"the path .*nothing.ckpt, where there is no file"):
+        compat.torch.read(tmp_path / "nothing.ckpt")

@@ -38,6 +38,19 @@ def run(tx, params, grads, state=None):
     return jax.tree.map(np.asarray, trajectory), state
 
 
+def continued(tx, state, params, loss, steps):
+    """Our parameters some steps of a loss later."""
+
+    @jax.jit
+    def step(params, state):
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        params, state = step(params, state)
+    return params
+
+
 def stack(trajectory):
     """A list of parameters by name as arrays by name with a leading axis of steps."""
     return {name: np.stack([np.asarray(params[name]) for params in trajectory]) for name in trajectory[0]}

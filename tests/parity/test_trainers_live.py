@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from optax_nadam import NadamConfig, clip_by_global_norm, compat
+from tests.parity.problem import continued
 
 LR, HALF = 1e-2, 10
 # After 10 further steps, in units of the learning rate; measured at most 3.6e-5.
@@ -86,19 +87,6 @@ def loss_in_nnx(params):
     return jnp.mean((model(X) - Y) ** 2)
 
 
-def continued(tx, state, params, loss):
-    """The params ten steps later."""
-
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    for _ in range(HALF):
-        params, state = step(params, state)
-    return params
-
-
 def distance(params, weights):
     """The largest difference in units of the learning rate."""
     pairs = zip(jax.tree.leaves(params), jax.tree.leaves(to_params(weights)), strict=True)
@@ -136,7 +124,7 @@ def test_trainer_into_linen(trainer):
     params = to_params(source.weights)
     tx = optax.chain(clip_by_global_norm(1.0), compat.torch.from_groups(source, to_params))
     state = compat.torch.load_state(tx.init(params), source, to_params)
-    end = continued(tx, state, params, loss_in_linen)
+    end = continued(tx, state, params, loss_in_linen, HALF)
     assert distance(end, load_file(trainer / f"checkpoint-{2 * HALF}/model.safetensors")) < BOUND
 
 
@@ -202,7 +190,7 @@ def test_lightning_into_nnx(interval, tmp_path):
     params = nnx.state(model, nnx.Param)
     tx = compat.torch.from_groups(source, to_params)
     state = compat.torch.load_state(tx.init(params), source, to_params)
-    assert distance(nnx.to_pure_dict(continued(tx, state, params, loss_in_nnx)), end) < BOUND
+    assert distance(nnx.to_pure_dict(continued(tx, state, params, loss_in_nnx, HALF)), end) < BOUND
 
 
 def test_accelerate_into_linen(tmp_path):
@@ -231,7 +219,7 @@ def test_accelerate_into_linen(tmp_path):
     tx = compat.torch.from_groups(source, to_params)
     state = compat.torch.load_state(tx.init(params), source, to_params)
     train()
-    assert distance(continued(tx, state, params, loss_in_linen), arrays_of(model)) < BOUND
+    assert distance(continued(tx, state, params, loss_in_linen, HALF), arrays_of(model)) < BOUND
 
 
 def test_back_to_torch():

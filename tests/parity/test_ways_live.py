@@ -16,6 +16,7 @@ import torch
 from jax import numpy as jnp
 
 from optax_nadam import NadamConfig, ScheduleConfig, compat, get_state
+from tests.parity import problem
 
 pytestmark = [
     pytest.mark.lenient("the models of the frameworks broadcast ranks"),
@@ -54,15 +55,8 @@ def loss(params: dict[str, Any]) -> jax.Array:
     return jnp.mean((hidden @ params["2.weight"].T + params["2.bias"] - DATA[1]) ** 2)
 
 
-def continued(tx: Any, state: Any, params: Any, loss: Callable[[Any], jax.Array] = loss) -> Any:
-    @jax.jit
-    def step(params, state):
-        updates, state = tx.update(jax.grad(loss)(params), state, params)
-        return optax.apply_updates(params, updates), state
-
-    for _ in range(AFTER):
-        params, state = step(params, state)
-    return params
+def continued(tx: Any, state: Any, params: Any, of: Callable[[Any], jax.Array] = loss) -> Any:
+    return problem.continued(tx, state, params, of, AFTER)
 
 
 def distance(params: Any, model: Any) -> float:
