@@ -117,3 +117,9 @@ def without(mapping: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
     """A mapping without some of its names."""
     left_out = set(names)
     return {name: value for name, value in mapping.items() if name not in left_out}
+
+
+def listed(labels: Collection[Any]) -> str:
+    """Some labels for the text of an error."""
+    shown = ", ".join(map(repr, list(labels)[:5]))
+    return shown if len(labels) <= 5 else f"{shown} and {len(labels) - 5} more"

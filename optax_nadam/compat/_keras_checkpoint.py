@@ -8,7 +8,8 @@ import numpy as np
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig, product_after
-from optax_nadam.compat._account import Checkpoint, Group, Label, Parameter, check_parameter, parse_number, parse_steps
+from optax_nadam.compat._account import check_parameter, parse_number, parse_steps
+from optax_nadam.compat._checkpoint import Checkpoint, Group, Label, Parameter
 from optax_nadam.compat._common import rule_of
 from optax_nadam.compat._keras_read import Stored
 from optax_nadam.compat._keras_roles import Roles

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optax_nadam import _validation as validation
-from optax_nadam.compat._account import listed, parse_number
-from optax_nadam.compat._common import as_numpy
+from optax_nadam.compat._account import parse_number
+from optax_nadam.compat._common import as_numpy, listed
 
 DIALECTS = ("keras", "tf_keras", "legacy")
 

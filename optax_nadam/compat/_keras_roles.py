@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from optax_nadam.compat._account import listed
+from optax_nadam.compat._common import listed
 from optax_nadam.compat._keras_read import Stored
 
 _NO_FIT = (

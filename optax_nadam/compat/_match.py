@@ -18,7 +18,8 @@ from optax_nadam._load import has_schedule, put_counters, put_state
 from optax_nadam._state import KINDS, convert_moments, get_state
 from optax_nadam._tree import by_name, is_masked, is_pair, map_parts, nodes_of
 from optax_nadam._wrappers import as_pairs
-from optax_nadam.compat._account import Checkpoint, Group, Label, Parameter, listed
+from optax_nadam.compat._checkpoint import Checkpoint, Group, Label, Parameter
+from optax_nadam.compat._common import listed
 
 _UNNAMED = (
     "to_params got a list of {count} arrays in the optimizer's order, because the checkpoint does not name its"

@@ -10,7 +10,8 @@ from jax import numpy as jnp
 
 from optax_nadam._state import KINDS, ScaleByNadamState, convert_moments, get_state
 from optax_nadam._tree import nodes_of
-from optax_nadam.compat._account import Label, listed
+from optax_nadam.compat._checkpoint import Label
+from optax_nadam.compat._common import listed
 from optax_nadam.compat._match import NO_TAG, any_masked, filled, merged, the_tag
 from optax_nadam.compat._torch_read import Layout, labels_of
 

@@ -11,7 +11,7 @@ from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig, build_with_masks
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam._tree import by_name, is_pair
-from optax_nadam.compat._account import Checkpoint, Label
+from optax_nadam.compat._checkpoint import Checkpoint, Label
 from optax_nadam.compat._common import as_number, cannot_express, check_expressible, check_keys
 from optax_nadam.compat._match import NO_TAG, Matched, the_tag
 

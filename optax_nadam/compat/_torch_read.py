@@ -15,18 +15,9 @@ from jax import numpy as jnp
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._schedules import ScheduleConfig
-from optax_nadam.compat._account import (
-    Checkpoint,
-    Group,
-    Label,
-    Parameter,
-    check_entries,
-    check_parameter,
-    listed,
-    parse_number,
-    parse_steps,
-)
-from optax_nadam.compat._common import as_numpy, check_keys, without
+from optax_nadam.compat._account import check_entries, check_parameter, parse_number, parse_steps
+from optax_nadam.compat._checkpoint import Checkpoint, Group, Label, Parameter
+from optax_nadam.compat._common import as_numpy, check_keys, listed, without
 from optax_nadam.compat._match import PREFIXES
 from optax_nadam.compat._torch_files import Opened, opened
 from optax_nadam.compat._torch_schedules import schedules_of

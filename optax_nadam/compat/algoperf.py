@@ -17,7 +17,7 @@ from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES, Rule, RuleName
 from optax_nadam.compat import optax as states
 from optax_nadam.compat import timm
-from optax_nadam.compat._account import Checkpoint
+from optax_nadam.compat._checkpoint import Checkpoint
 from optax_nadam.compat._common import SCHEDULE, cannot_express, check_expressible, check_keys, config_of, rule_of
 from optax_nadam.compat._match import Matched, load
 

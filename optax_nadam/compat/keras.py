@@ -32,7 +32,7 @@ from optax_nadam._state import KINDS
 from optax_nadam._tree import nodes_of
 from optax_nadam._wrappers import freeze_rows_without_gradient
 from optax_nadam.compat import _common as common
-from optax_nadam.compat._account import Checkpoint
+from optax_nadam.compat._checkpoint import Checkpoint
 from optax_nadam.compat._keras_checkpoint import checkpoint_of, warn_of_differences
 from optax_nadam.compat._keras_read import DIALECTS, read_source
 from optax_nadam.compat._keras_roles import OTHERS, Roles, by_names, by_shapes

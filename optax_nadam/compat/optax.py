@@ -16,7 +16,8 @@ from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig
 from optax_nadam._rules import RULES, RuleName
 from optax_nadam._state import KINDS
-from optax_nadam.compat._account import Checkpoint, Group, Parameter, check_parameter
+from optax_nadam.compat._account import check_parameter
+from optax_nadam.compat._checkpoint import Checkpoint, Group, Parameter
 from optax_nadam.compat._common import (
     SCHEDULE,
     as_numpy,

@@ -15,7 +15,7 @@ from optax_nadam._rules import RULES
 from optax_nadam._schedules import ScheduleConfig
 from optax_nadam.compat import _torch_groups as shared
 from optax_nadam.compat import _torch_read as reader
-from optax_nadam.compat._account import Checkpoint
+from optax_nadam.compat._checkpoint import Checkpoint
 from optax_nadam.compat._common import as_number, build, cannot_express, config_of, rule_of
 from optax_nadam.compat._match import Matched, load
 from optax_nadam.compat._torch_dump import check_real, dump, groups_to_dump
