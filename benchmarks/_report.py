@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 Rows = list[list[Any]]
@@ -24,7 +25,7 @@ FIRST = (
     "precision",
     "memory_formats",
     "eight_bits",
-    "memory_quality",
+    "language_model",
     "options",
     "tracing",
     "convergence",
@@ -84,6 +85,11 @@ def median_and_spread(seconds: list[float]) -> tuple[float, float, float]:
     """Median and quartiles, in milliseconds."""
     low, middle, high = statistics.quantiles(seconds, n=4)
     return 1e3 * middle, 1e3 * low, 1e3 * high
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def milliseconds(seconds: list[float]) -> str:

@@ -1,10 +1,12 @@
-"""Does Nadam train better than Adam, and with which rule?
+"""Does Nadam train better than Adam once b1 is tuned too, and with which rule?
 
-python -m benchmarks.convergence            three tasks, ten optimizers, each at a learning rate tuned for it
-python -m benchmarks.convergence --quick    one task, two steps; writes nothing
+python -m benchmarks.convergence                  four tasks, three rules, learning rate and b1 tuned for each
+python -m benchmarks.convergence --task digits    one of the tasks; the others as they were measured before
+python -m benchmarks.convergence --quick          one task, two steps; writes nothing
 """
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,39 +20,28 @@ from sklearn.datasets import load_diabetes
 from sklearn.model_selection import train_test_split
 
 import optax_nadam
-from benchmarks import _tasks
-from benchmarks._report import Answer, Rows, is_quick, save
+from benchmarks import _report, _tasks
+from benchmarks._report import Answer, Rows, save
 from benchmarks._tasks import Batch, Params, Task
 
 PICTURE = Path(__file__).parents[1] / "docs" / "img" / "convergence.png"
-GRID_SIZE, TUNING_SEEDS = 6, 2
-SEEDS = GRID_SIZE * TUNING_SEEDS  # so that tuning and evaluation are one compiled program
-FEWER = SEEDS // 2
+LOSSES = _report.RESULTS / "convergence"
+B1 = (0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
+GRID_SIZE, TUNING_SEEDS, SEEDS = 7, 4, 12
+TOGETHER = 14  # runs at a time; those of tuning and of evaluation are multiples of it
 FIRST_TUNING_SEED = 1000
 CLEAR = 3.0  # standard errors; there are many comparisons
-DECAY, MOMENTUM = 0.1, 0.9
 RIDGE = 1e-2  # without it the network overfits the few patients
-ADAM, SGD, DEFAULT = "optax.adam", "SGD, Nesterov", "scheduled"
-ADAMW, NADAMW = "optax.adamw", "nadamw, scheduled"
-QUESTION = "Does Nadam train better than Adam, and with which rule?"
-COLUMNS = ["task", "optimizer", "learning rate", "loss of batches, at a quarter", "at half"]
-COLUMNS += ["train loss", "train loss minus Adam's", "train loss minus the default's"]
-COLUMNS += ["finer grid: train loss minus Adam's", "finer grid: train loss minus the default's"]
-COLUMNS += ["held-out loss", "held-out loss minus Adam's", "held-out loss minus the default's"]
+ADAM, EPS = "adam", 1e-8
+QUESTION = "Does Nadam train better than Adam once b1 is tuned too, and with which rule?"
+COLUMNS = ["task", "rule", "b1", "learning rate", "train loss", "minus Adam's", "at b1 .9", "at b1 .95", "at b1 .98"]
+COLUMNS += ["held-out loss", "minus Adam's"]
 
-Maker = Callable[[optax.Schedule], Any]
-
-OPTIMIZERS: dict[str, Maker] = {
-    DEFAULT: optax_nadam.nadam,
-    "scheduled, decay 1": functools.partial(optax_nadam.nadam, momentum_decay=1.0),
-    "constant": functools.partial(optax_nadam.nadam, rule="constant"),
-    "simplified": functools.partial(optax_nadam.nadam, rule="simplified"),
-    "dozat2016": functools.partial(optax_nadam.nadam, rule="dozat2016"),
-    "optax.nadam": optax.nadam,
-    ADAM: optax.adam,
-    SGD: functools.partial(optax.sgd, momentum=MOMENTUM, nesterov=True),
-    NADAMW: functools.partial(optax_nadam.nadamw, weight_decay=DECAY),
-    ADAMW: functools.partial(optax.adamw, weight_decay=DECAY),
+Maker = Callable[[optax.Schedule, jax.Array], Any]
+RULES: dict[str, Maker] = {
+    ADAM: functools.partial(optax_nadam.nadam, rule="adam", eps=EPS),
+    "constant": functools.partial(optax_nadam.nadam, rule="constant", eps=EPS),
+    "scheduled": functools.partial(optax_nadam.nadam, eps=EPS),
 }
 
 
@@ -59,44 +50,56 @@ class Study(NamedTuple):
 
     Attributes:
       task: the training task.
-      lowest: the lowest learning rate of the grid, for all but SGD; each next one is twice as high.
-      lowest_sgd: the same for SGD.
+      lowest: the lowest learning rate of the grid; each next one is twice as high.
     """
 
     task: Task
     lowest: float
-    lowest_sgd: float
 
-    def grid(self, optimizer: str) -> np.ndarray:
-        """The learning rates that an optimizer is tuned over."""
-        return (self.lowest_sgd if optimizer == SGD else self.lowest) * 2.0 ** np.arange(GRID_SIZE)
+    @property
+    def grid(self) -> np.ndarray:
+        """The learning rates that each rule is tuned over, at each b1."""
+        return self.lowest * 2.0 ** np.arange(GRID_SIZE)
 
 
-class Runs(NamedTuple):
-    """Losses of runs; the axes are optimizers and runs, and steps for the curves.
+class Losses(NamedTuple):
+    """What a task has shown; the axes are rules and b1, and then learning rates or seeds.
 
     Attributes:
-      curves: the loss of each batch.
-      train: the final loss on the training data.
-      held_out: the final loss on the held-out data.
+      tuning: mean train loss of the tuning seeds at each learning rate.
+      train: final loss on the training data, at the best of the learning rates, on other seeds.
+      held_out: final loss on the held-out data, of the same runs.
     """
 
-    curves: np.ndarray
+    tuning: np.ndarray
     train: np.ndarray
     held_out: np.ndarray
 
+    @property
+    def learning_rates(self) -> np.ndarray:
+        """The index of the learning rate for each rule and b1."""
+        return np.argmin(np.where(np.isfinite(self.tuning), self.tuning, np.inf), axis=-1)
 
-Program = Callable[[np.ndarray, np.ndarray], Runs]
+    @property
+    def b1(self) -> np.ndarray:
+        """The index of the b1 for each rule, by the tuning seeds."""
+        best = np.where(np.isfinite(self.tuning), self.tuning, np.inf).min(axis=-1)
+        return np.argmin(best, axis=-1)
+
+
+Program = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def studies() -> list[Study]:
-    """The tasks; runs are short and batches small, so that everything takes minutes on two cores."""
+    """The tasks; runs are short and batches small, so that all of it takes an hour on two cores."""
     text, digits = _tasks.language_model(), _tasks.digits()
-    text = text._replace(steps=200, train=_thinned(text.train), held_out=_thinned(text.held_out))
+    text = _with_batches_of(8, text._replace(train=_thinned(text.train), held_out=_thinned(text.held_out)))
+    long = text._replace(steps=800, name="language model, four times as long")
     return [
-        Study(_with_batches_of(8, text), 1e-3, 16e-3),
-        Study(_with_batches_of(32, digits._replace(steps=200)), 4e-3, 32e-3),
-        Study(diabetes(), 8e-3, 8e-3),
+        Study(text._replace(steps=200), 5e-4),
+        Study(long, 5e-4),
+        Study(_with_batches_of(32, digits._replace(steps=200)), 2e-3),
+        Study(diabetes(), 4e-3),
     ]
 
 
@@ -143,123 +146,69 @@ def _with_batches_of(size: int, task: Task) -> Task:
     return task._replace(draw=draw)
 
 
-def program(task: Task, optimizers: Sequence[Maker]) -> Program:
-    """A function of a learning rate for each optimizer and run and a seed for each run, to losses; compiled once.
-
-    All optimizers take a step together and their gradients are one loop: to compile each alone would take longer than
-    the runs.
-    """
+def program(task: Task, make: Maker) -> Program:
+    """A function of a learning rate, a b1 and a seed for each run, to train and held-out losses; compiled once."""
     warmup_cosine = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, task.steps // 10), task.steps)
 
-    def update(make: Maker, peak: jax.Array, grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
-        updates, state = make(lambda count: peak * warmup_cosine(count)).update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+    def one(peak: jax.Array, b1: jax.Array, seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+        weights, order = jax.random.split(jax.random.key(seed))
+        tx = make(lambda count: peak * warmup_cosine(count), b1)
 
-    def train(peaks: jax.Array, seeds: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        weights, orders = jax.vmap(lambda seed: jax.random.split(jax.random.key(seed)), out_axes=1)(seeds)
+        def step(carry: tuple[Params, Any], index: jax.Array) -> tuple[tuple[Params, Any], None]:
+            params, state = carry
+            grads = jax.grad(task.loss)(params, task.draw(jax.random.fold_in(order, index)))
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
 
-        def step(carry: tuple[Params, list[Any]], index: jax.Array) -> tuple[tuple[Params, list[Any]], jax.Array]:
-            params, states = carry
-            batches = jax.vmap(lambda order: task.draw(jax.random.fold_in(order, index)))(orders)
-            losses, grads = jax.lax.map(lambda p: jax.vmap(jax.value_and_grad(task.loss))(p, batches), params)
-            new = [
-                jax.vmap(functools.partial(update, make))(peaks[i], _at(grads, i), states[i], _at(params, i))
-                for i, make in enumerate(optimizers)
-            ]
-            return (_stacked([params for params, _ in new]), [state for _, state in new]), losses
+        start = task.init(weights)
+        (params, _), _ = jax.lax.scan(step, (start, tx.init(start)), jnp.arange(task.steps))
+        return task.loss(params, task.train), task.loss(params, task.held_out)
 
-        start = jax.vmap(task.init)(weights)
-        states = [jax.vmap(make(warmup_cosine).init)(start) for make in optimizers]
-        carry = _stacked([start] * len(optimizers)), states
-        (params, _), curves = jax.lax.scan(step, carry, jnp.arange(task.steps))
-        return (
-            jnp.moveaxis(curves, 0, -1),
-            _each(task.loss, params, task.train),
-            _each(task.loss, params, task.held_out),
-        )
-
-    compiled = jax.jit(train)
-    return lambda peaks, seeds: Runs(*jax.device_get(compiled(jnp.float32(peaks), jnp.int32(seeds))))
+    compiled = jax.jit(lambda *runs: jax.lax.map(lambda run: one(*run), runs, batch_size=TOGETHER))
+    return lambda peaks, b1, seeds: jax.device_get(compiled(jnp.float32(peaks), jnp.float32(b1), jnp.int32(seeds)))
 
 
-def _at(tree: Any, i: int) -> Any:
-    return jax.tree.map(lambda x: x[i], tree)
+def measured(study: Study) -> Losses:
+    """Each rule at each b1: tuned on four seeds, then run on twelve others."""
+    found = [of_rule(study, program(study.task, make)) for make in RULES.values()]
+    return Losses(*(np.stack(part) for part in zip(*found, strict=True)))
 
 
-def _stacked(trees: list[Any]) -> Any:
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+def of_rule(study: Study, run: Program) -> Losses:
+    """A rule at each b1; the axes are b1, and then learning rates or seeds."""
+    seeds = np.tile(np.repeat(np.arange(TUNING_SEEDS) + FIRST_TUNING_SEED, GRID_SIZE), len(B1))
+    train, _ = run(np.tile(study.grid, TUNING_SEEDS * len(B1)), np.repeat(B1, TUNING_SEEDS * GRID_SIZE), seeds)
+    tuning = train.reshape(len(B1), TUNING_SEEDS, GRID_SIZE).mean(axis=1)
+    chosen = study.grid[Losses(tuning, tuning, tuning).learning_rates]
+    train, held_out = run(np.repeat(chosen, SEEDS), np.repeat(B1, SEEDS), np.tile(np.arange(SEEDS), len(B1)))
+    return Losses(tuning, train.reshape(len(B1), SEEDS), held_out.reshape(len(B1), SEEDS))
 
 
-def _each(loss: Callable[[Params, Batch], jax.Array], params: Params, part: Batch) -> jax.Array:
-    """The loss of every optimizer and run, one after the other, since the data are large."""
-    return jax.lax.map(lambda runs: jax.lax.map(lambda p: loss(p, part), runs), params)
+def rows(study: Study, losses: Losses) -> Rows:
+    """The rows of the table, one for each rule."""
+    adam = list(RULES).index(ADAM), losses.b1[list(RULES).index(ADAM)]
+
+    def row(i: int, rule: str) -> list[str]:
+        best = i, losses.b1[i]
+        at = [difference(losses.train[i, B1.index(b1)], losses.train[adam]) for b1 in (0.9, 0.95, 0.98)]
+        return [
+            study.task.name,
+            rule,
+            marked(np.array(B1), losses.b1[i]),
+            marked(study.grid, losses.learning_rates[best]),
+            median_and_quartiles(losses.train[best]),
+            difference(losses.train[best], losses.train[adam]),
+            *at,
+            median_and_quartiles(losses.held_out[best]),
+            difference(losses.held_out[best], losses.held_out[adam]),
+        ]
+
+    return [row(i, rule) for i, rule in enumerate(RULES)]
 
 
-def tuned(study: Study, run: Program) -> np.ndarray:
-    """For each optimizer the index of the learning rate with the lowest mean train loss, on tuning seeds."""
-    seeds = np.repeat(np.arange(TUNING_SEEDS) + FIRST_TUNING_SEED, GRID_SIZE)
-    learning_rates = np.stack([np.tile(study.grid(name), TUNING_SEEDS) for name in OPTIMIZERS])
-    losses = run(learning_rates, seeds).train.reshape(len(OPTIMIZERS), TUNING_SEEDS, GRID_SIZE).mean(axis=1)
-    return np.argmin(np.where(np.isfinite(losses), losses, np.inf), axis=1)
-
-
-def evaluated(study: Study, run: Program, chosen: np.ndarray) -> Runs:
-    """Every optimizer at its learning rate, on seeds that it was not tuned with."""
-    return run(np.repeat(learning_rates_of(study, chosen), SEEDS, axis=1), np.arange(SEEDS))
-
-
-def between(study: Study, run: Program, chosen: np.ndarray) -> Runs:
-    """Half of the seeds, at learning rates half a step of the grid lower and then higher."""
-    shifts = np.repeat(np.sqrt([0.5, 2.0]), FEWER)
-    return run(learning_rates_of(study, chosen) * shifts, np.tile(np.arange(FEWER), 2))
-
-
-def learning_rates_of(study: Study, chosen: np.ndarray) -> np.ndarray:
-    """The chosen learning rates, a row for each optimizer."""
-    return np.array([[study.grid(name)[i]] for name, i in zip(OPTIMIZERS, chosen, strict=True)])
-
-
-def refined(train: np.ndarray, beside: np.ndarray) -> np.ndarray:
-    """Train losses of half of the seeds, at the one of three learning rates with the lowest mean."""
-    losses = np.stack([train[:, :FEWER], *np.split(beside, 2, axis=1)])
-    means = losses.mean(axis=-1)
-    best = np.argmin(np.where(np.isfinite(means), means, np.inf), axis=0)
-    return losses[best, np.arange(len(train))]
-
-
-def learning_rate_in_words(grid: np.ndarray, chosen: int) -> str:
-    """A learning rate, marked if a better one may lie outside its grid."""
+def marked(grid: np.ndarray, chosen: int) -> str:
+    """A value, marked if a better one may lie outside its grid."""
     return f"{grid[chosen]:.2g}" + ("" if 0 < chosen < len(grid) - 1 else " (edge of the grid)")
-
-
-def rows(study: Study, chosen: np.ndarray, runs: Runs, beside: Runs) -> list[list[str]]:
-    """The rows of the table, one for each optimizer."""
-    names = list(OPTIMIZERS)
-    batches = [loss_of_batches(runs.curves, fraction) for fraction in (0.25, 0.5)]
-    finer = refined(runs.train, beside.train)
-
-    def row(name: str) -> list[str]:
-        i, others = names.index(name), [names.index(other) for other in compared_with(name)]
-        medians = [median_and_quartiles(losses[i]) for losses in (*batches, runs.train, runs.held_out)]
-        train, fine, held_out = (
-            [difference(losses[i], losses[j]) for j in others] for losses in (runs.train, finer, runs.held_out)
-        )
-        learning_rate = learning_rate_in_words(study.grid(name), int(chosen[i]))
-        return [study.task.name, name, learning_rate, *medians[:3], *train, *fine, medians[3], *held_out]
-
-    return [row(name) for name in names]
-
-
-def compared_with(name: str) -> tuple[str, str]:
-    """Adam and the default rule; those with weight decay, if the optimizer has weight decay."""
-    return (ADAMW, NADAMW) if name in (ADAMW, NADAMW) else (ADAM, DEFAULT)
-
-
-def loss_of_batches(curves: np.ndarray, fraction: float) -> np.ndarray:
-    """Mean over the tenth of the run that ends at a fraction of it."""
-    steps = curves.shape[-1]
-    end = max(1, round(fraction * steps))
-    return curves[..., max(0, end - max(1, steps // 10)) : end].mean(axis=-1)
 
 
 def median_and_quartiles(losses: np.ndarray) -> str:
@@ -278,95 +227,90 @@ def difference(losses: np.ndarray, others: np.ndarray) -> str:
     return f"{mean:+.4f} ± {error:.4f}, {word}"
 
 
-def draw(results: dict[str, Runs], path: Path) -> None:
-    """The loss over the run of four optimizers, and the final loss of every run."""
-    figure = Figure(figsize=(8.6, 7), layout="constrained")
-    top, bottom = figure.subplots(2, len(results), squeeze=False, height_ratios=(2, 3))
-    for above, below, (task, runs) in zip(top, bottom, results.items(), strict=True):
-        draw_curves(above, runs)
-        draw_ends(below, runs)
-        above.set_title(task)
-        below.set_yticks(range(len(OPTIMIZERS)), [""] * len(OPTIMIZERS))
-    top[0].set_ylabel("loss of batches")
-    bottom[0].set_yticklabels(OPTIMIZERS)
-    figure.legend(*top[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
-    figure.supxlabel(
-        "train loss at the end, % above that of Adam on the same seed\nline: median, bar: quartiles", fontsize=10
-    )
+def draw(results: dict[str, Losses], path: Path) -> None:
+    """The train loss over b1 for each rule, beside Adam's at its best b1."""
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    for axes, (task, losses) in zip(figure.subplots(2, 2).flat, results.items(), strict=False):
+        draw_curves(axes, losses)
+        axes.set_title(task, fontsize=11)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=len(RULES), frameon=False)
+    figure.supxlabel("b1", fontsize=10)
+    figure.supylabel("train loss at the end, minus that of Adam at its best b1", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
 
-def draw_curves(axes: Any, runs: Runs) -> None:
-    """Medians over the seeds of means over fiftieths of the run from the warm-up on, quartiles shaded."""
-    steps = runs.curves.shape[-1]
-    ends = np.linspace(0, steps, 1 + min(50, steps)).round().astype(int)[1:]
-    late = ends > steps // 10
-    for name, colour in zip((DEFAULT, "constant", ADAM, SGD), ("C0", "C2", "C1", "C7"), strict=True):
-        parts = np.split(runs.curves[list(OPTIMIZERS).index(name)], ends[:-1], axis=-1)
-        means = np.stack([part.mean(axis=-1) for part in parts], axis=-1)[:, late]
-        low, middle, high = np.quantile(means, (0.25, 0.5, 0.75), axis=0)
-        axes.plot(ends[late], middle, color=colour, label=name, lw=1.3)
-        axes.fill_between(ends[late], low, high, color=colour, alpha=0.2, lw=0)
-    axes.set_xlabel("step")
+def draw_curves(axes: Any, losses: Losses) -> None:
+    """Means over the seeds of the difference, with three standard errors."""
+    adam = list(RULES).index(ADAM)
+    baseline = losses.train[adam, losses.b1[adam]]
+    places = -np.log10(1 - np.array(B1))
+    for i, (rule, colour) in enumerate(zip(RULES, ("C1", "C2", "C0"), strict=True)):
+        differences = losses.train[i] - baseline
+        mean, error = differences.mean(axis=-1), differences.std(axis=-1, ddof=1) / SEEDS**0.5
+        axes.plot(places, mean, ".-", color=colour, label=rule, lw=1.4)
+        axes.fill_between(places, mean - CLEAR * error, mean + CLEAR * error, color=colour, alpha=0.15, lw=0)
+    lowest = min(0.0, float(np.nanmin(np.mean(losses.train - baseline, axis=-1))))
+    axes.set_ylim(1.6 * lowest - 0.005, max(0.02, -4 * lowest))
+    axes.axhline(0, color="grey", lw=0.8)
+    axes.set_xticks(places, [f"{b1:g}" for b1 in B1])
     axes.grid(alpha=0.2)
-
-
-def draw_ends(axes: Any, runs: Runs) -> None:
-    """A line of dots for each optimizer, a dot for each seed."""
-    names = list(OPTIMIZERS)
-    for place, name in enumerate(names):
-        adam, _ = compared_with(name)
-        excess = 100 * (runs.train[place] / runs.train[names.index(adam)] - 1)
-        low, middle, high = np.quantile(excess, (0.25, 0.5, 0.75))
-        axes.plot([low, high], [place, place], color="C0", alpha=0.3, lw=9, solid_capstyle="butt")
-        axes.plot(excess, place + np.linspace(-0.25, 0.25, len(excess)), ".", color="C0", ms=4)
-        axes.plot([middle, middle], [place - 0.35, place + 0.35], color="black", lw=1.5)
-    axes.axvline(0, color="grey", lw=0.8)
-    axes.invert_yaxis()
-    axes.grid(axis="x", alpha=0.2)
 
 
 def note() -> str:
     """The text below the table."""
     return f"""\
-{SEEDS} seeds. Each optimizer has the learning rate with the lowest mean train loss on {TUNING_SEEDS} other seeds, out
-of {GRID_SIZE}, each twice the one before. It rises for a tenth of the run and falls to zero on a cosine. For a seed,
-all optimizers have the same weights and batches; nothing is clipped. Losses are medians with quartiles over the seeds;
-losses of batches are over the tenth of the run that ends at a quarter and at half of it. Differences are means over the
-seeds, seed by seed, with their standard error; a difference of at most {CLEAR:g} standard errors is "unclear". On the
-finer grid each optimizer has the best of its learning rate, that divided and that multiplied by the root of two, on the
-first {FEWER} seeds. Adam is `{ADAM}` and the default `{DEFAULT}`; for the two optimizers with weight decay ({DECAY})
-they are `{ADAMW}` and `{NADAMW}`. All other arguments are the defaults; the momentum of SGD is {MOMENTUM}."""
+Each rule has, at each of the {len(B1)} values of b1, the learning rate with the lowest mean train loss on
+{TUNING_SEEDS} seeds, out of {GRID_SIZE}, each twice the one before; its b1 is the one with the lowest loss there.
+Losses and differences are of {SEEDS} other seeds: medians with quartiles, and means, seed by seed, with their standard
+error; a difference of at most {CLEAR:g} standard errors is "unclear". Adam's is `rule="adam"` at its own best b1 and
+learning rate; "at b1 .9" is the rule's train loss there, at the learning rate tuned for it, minus that. For a seed all
+runs have the same weights and batches. The learning rate rises for a tenth of the run and falls to zero on a cosine;
+eps is {EPS:g} and b2 .999; nothing is clipped. The band in the picture is three standard errors."""
 
 
 def answer(rows: Rows) -> Answer:
-    """On how many tasks the default's train loss is lower than Adam's."""
-    found = [row[6].rsplit(", ")[-1] for row in rows if row[1] == DEFAULT]
-    return Answer(
-        f"Its train loss is lower on {found.count('lower')} of {len(found)} tasks, higher on {found.count('higher')};"
-        " how the rules differ depends on the task."
-    )
+    """On how many tasks each rule's train loss is lower than Adam's."""
+    found = {rule: [row[5].rsplit(", ")[-1] for row in rows if row[1] == rule] for rule in RULES if rule != ADAM}
+    counts = "; ".join(f"`{rule}` {words.count('lower')}" for rule, words in found.items())
+    return Answer(f"Train loss clearly below Adam's, of {len(next(iter(found.values())))} tasks: {counts}.")
+
+
+def stored(task: str) -> Path:
+    """Where the losses of a task are."""
+    return LOSSES / f"{task.replace(', ', '-').replace(' ', '-')}.json"
+
+
+def loaded(task: str) -> Losses:
+    """The losses that were measured before."""
+    return Losses(*(np.array(part) for part in json.loads(stored(task).read_text()).values()))
+
+
+def store(task: str, losses: Losses) -> None:
+    """Writes the losses of a task, in the five decimals that differences need."""
+    LOSSES.mkdir(parents=True, exist_ok=True)
+    parts = {name: np.round(part.astype(float), 5).tolist() for name, part in losses._asdict().items()}
+    stored(task).write_text(json.dumps(parts) + "\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tunes and evaluates, task by task, and writes the result."""
-    quick = is_quick(__doc__, "one task, two steps", arguments)
-    table: list[list[str]] = []
-    results: dict[str, Runs] = {}
-    for study in studies()[-1:] if quick else studies():
-        if quick:
-            study = study._replace(task=study.task._replace(steps=2))
-        run = program(study.task, list(OPTIMIZERS.values()))
-        chosen = tuned(study, run)
-        runs = results[study.task.name] = evaluated(study, run, chosen)
-        table += rows(study, chosen, runs, between(study, run, chosen))
-        print(*table[-len(OPTIMIZERS) :], sep="\n", flush=True)
-    if not quick:
-        save(
-            "convergence", QUESTION, COLUMNS, table, note(), answer=answer, picture=PICTURE, packages=("scikit-learn",)
-        )
-        draw(results, PICTURE)
+    parser = _report.parser(__doc__, "one task, two steps")
+    parser.add_argument("--task", choices=[study.task.name for study in studies()], help="only one of the tasks")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        study = studies()[-1]
+        study = study._replace(task=study.task._replace(steps=2))
+        print(*rows(study, measured(study)), sep="\n", flush=True)
+        return
+    for study in studies():
+        if options.task in (None, study.task.name):
+            store(study.task.name, measured(study))
+            print(*rows(study, loaded(study.task.name)), sep="\n", flush=True)
+    results = {study.task.name: loaded(study.task.name) for study in studies() if stored(study.task.name).exists()}
+    table = [row for study in studies() if study.task.name in results for row in rows(study, results[study.task.name])]
+    save("convergence", QUESTION, COLUMNS, table, note(), answer=answer, picture=PICTURE, packages=("scikit-learn",))
+    draw(results, PICTURE)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,13 @@
 """Are 8-bit moments safe?
 
-python -m benchmarks.eight_bits                streams of gradients, then training on text
-python -m benchmarks.eight_bits --part text    only one of the two: streams or text
-python -m benchmarks.eight_bits --quick        one stream of twenty steps, a small text; writes nothing
+python -m benchmarks.eight_bits            streams of gradients of many kinds
+python -m benchmarks.eight_bits --quick    one stream of twenty steps; writes nothing
 """
 
 import functools
 import importlib.util
 import itertools
-import platform
-import re
-import sysconfig
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +16,7 @@ import optax
 from jax import numpy as jnp
 
 import optax_nadam
-from benchmarks import _report, _tasks
-from benchmarks._report import Answer, Rows, row_of, save
-from benchmarks.memory_quality import mean_and_error
+from benchmarks._report import Answer, Rows, is_quick, save
 from benchmarks.precision import error
 from benchmarks.tracing import whole_step
 
@@ -48,25 +40,6 @@ Each element's gradient is noise about a mean of its own, 0.3 standard deviation
 large. Columns, rows and columns, elements: each has a size of its own, over four powers of ten. Spike: one element of
 one step. Sparse: in each step 2% of the columns are not zero. Constant: the mean alone. Table: 4096 x 16, its rows over
 four powers of ten; its smallest eighth are the rows with the smallest gradients.
-
-"""
-
-CONTEXT, BATCH, VOCABULARY, WORDS, HELD_OUT = 64, 8, 8192, 4_000_000, 200_000
-SIZES = _tasks.Sizes(width=128, heads=4, layers=2, context=CONTEXT)
-TEXT_B2, TEXT_STEPS, TEXT_SEEDS, RIVAL_SEEDS, PEAK = 0.95, 300, 5, 2, 2e-3
-AT_FIRST, WITHIN = 10, 5e-4
-FLOAT32, INT8, ROLLFAST, ROLLFAST_32 = "float32", "int8", "rollfast, 8-bit", "rollfast, float32"
-JITTERED = "float32, weights times 1 + 1e-6"
-TEXT_QUESTION = "Are 8-bit moments safe in training on text?"
-TEXT_COLUMNS = ["moments", "held-out loss", "over float32's, less 1, by seed", "mean", "rare words", "largest step"]
-TEXT_NOTE = """\
-A transformer over words: two layers, width 128, a vocabulary of 8192 with a head of its own, 2.5 million weights. It is
-trained for {steps} steps of 8 x 64 words on the sources of the standard library of Python {python}, with b2 = 0.95 and
-gradients clipped to a norm of 1; the learning rate, 2e-3, warms up and falls to a tenth on a cosine. Held out: 1024
-windows of its last 200,000 words. Each seed has its own weights and batches, the same in every format; rollfast
-is compared with its own float32. Mean: of the seeds, with its standard error. Rare words: the mean for those whose rank
-is over 2048. Largest step: of any element after the first ten steps, over the learning rate, in the worst seed. The
-second row is float32 with other rounding errors.
 
 """
 
@@ -261,7 +234,7 @@ def missed(values: dict[str, float], targets: dict[str, float]) -> str:
     return f"Missed by {', '.join(over)}" if over else "Met"
 
 
-def stream_verdicts(rows: Rows) -> Iterator[str]:
+def verdicts(rows: Rows) -> Iterator[str]:
     """Whether the targets are met, and where not."""
     for b2 in sorted({row[1] for row in rows}):
         found, theirs = (numbers(rows, column, b2) for column in ("int8", RIVALS[0]))
@@ -276,7 +249,7 @@ def stream_verdicts(rows: Rows) -> Iterator[str]:
             yield f"- b2 = {b2}: {said}: the error on gradients that are alike is at most rollfast's."
 
 
-def stream_answer(rows: Rows) -> Answer:
+def answer(rows: Rows) -> Answer:
     """The worst errors and steps of ours, and in how many cases it is nearer to float32 than the others."""
     mine = [numbers(rows, "int8", b2) for b2 in B2]
     worst = max(x for found in mine for name, (_, x) in found.items() if name != EXCEPTED)
@@ -292,199 +265,22 @@ def stream_answer(rows: Rows) -> Answer:
     )
 
 
-class Text(NamedTuple):
-    """Numbers of words, by frequency: 0 stands for all that are not in the vocabulary, 1 for the most frequent one."""
-
-    train: np.ndarray
-    held_out: np.ndarray
-    vocabulary: int = VOCABULARY
-    sizes: _tasks.Sizes = SIZES
-
-
-def numbered(words: list[str], vocabulary: int) -> np.ndarray:
-    """Each word's rank, or 0 where that is not below the size of the vocabulary."""
-    ranks = {word: i + 1 for i, (word, _) in enumerate(Counter(words).most_common(vocabulary - 1))}
-    return np.array([ranks.get(word, 0) for word in words], np.int32)
-
-
-def library_text(words: int = WORDS, held_out: int = HELD_OUT) -> Text:
-    """The sources of the standard library without its tests, file by file in random order."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    files = (path for path in folder.rglob("*.py") if not {"site-packages", "test", "tests"} & {*path.parts})
-    read: list[str] = []
-    for path in np.random.default_rng(0).permutation(sorted(files)):
-        source = path.read_text(encoding="utf8", errors="ignore")
-        read += re.findall(r"[A-Za-z_]+|[0-9]|\n *| +|[^\sA-Za-z_0-9]", source)
-        if len(read) >= words:
-            break
-    return Text(*np.split(numbered(read, VOCABULARY), [len(read) - held_out]))
-
-
-def small_text() -> Text:
-    """Another one, and a smaller model, that is trained in seconds: ranks are taken modulo 512."""
-    train, held_out, *_ = library_text(50_000, 5_000)
-    return Text(train % 512, held_out % 512, 512, SIZES._replace(width=16, layers=1))
-
-
-class Moments(NamedTuple):
-    """A row of the table: an optimizer for a schedule, the row it is compared with, its seeds, and a factor."""
-
-    make: Callable[[optax.Schedule], Any]
-    beside: str = FLOAT32
-    seeds: int = TEXT_SEEDS
-    scale: float = 1.0  # of the first weights
-
-
-def nadam(dtype: str | None, schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
-    """This library's, with moments of a dtype."""
-    return optax_nadam.nadam(schedule, b2=TEXT_B2, eps=1e-8, rule="simplified", m_dtype=dtype, v_dtype=dtype)
-
-
-KINDS = {
-    FLOAT32: Moments(functools.partial(nadam, None)),
-    JITTERED: Moments(functools.partial(nadam, None), scale=1 + 1e-6),
-    INT8: Moments(functools.partial(nadam, "int8")),
-    ROLLFAST_32: Moments(lambda schedule: rollfast(schedule, TEXT_B2, False), ROLLFAST_32, RIVAL_SEEDS),
-    ROLLFAST: Moments(lambda schedule: rollfast(schedule, TEXT_B2, True), ROLLFAST_32, RIVAL_SEEDS),
-}
-
-
-class Trained(NamedTuple):
-    """Held-out loss, that of the rare words, and the largest step over the learning rate after the first few."""
-
-    loss: float
-    rare: float
-    largest: float
-
-
-@jax.jit
-def losses(params: Any, windows: jax.Array) -> jax.Array:
-    """The cross-entropy of each word but the first of each window."""
-    logits = _tasks.next_token(params, windows[:, :-1], jax.nn.gelu, SIZES.heads)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:])
-
-
-def trainer(text: Text, kind: Moments, steps: int) -> Callable[[int], Trained]:
-    """A function of a seed, whose step is compiled once for all."""
-    warmup = max(1, steps // 10)
-    schedule = optax.warmup_cosine_decay_schedule(PEAK / warmup, PEAK, warmup, steps, PEAK / 10)
-    tx = optax.chain(optax.clip_by_global_norm(1.0), kind.make(schedule))
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, windows: jax.Array, index: jax.Array) -> Any:
-        grads = jax.grad(lambda params: losses(params, windows).mean())(params)
-        updates, state = tx.update(grads, state, params)
-        largest = jnp.stack([jnp.abs(u).max() for u in jax.tree.leaves(updates)]).max()
-        return optax.apply_updates(params, updates), state, largest / schedule(index)
-
-    def train(seed: int) -> Trained:
-        first = _tasks.transformer(jax.random.key(seed), text.vocabulary, text.sizes)
-        params = jax.tree.map(lambda x: kind.scale * x, first)
-        state, rng, largest = tx.init(params), np.random.default_rng(seed), []
-        for index in range(steps):
-            windows = pieces(text.train, rng.integers(0, len(text.train) - CONTEXT - 1, BATCH))
-            params, state, one = step(params, state, windows, jnp.int32(index))
-            largest.append(one)
-        held_out = pieces(text.held_out, np.linspace(0, len(text.held_out) - CONTEXT - 1, _tasks.MEASURED).astype(int))
-        each = np.concatenate([losses(params, part) for part in np.split(held_out, 32)]).astype(np.float64)
-        rare = each[held_out[:, 1:] >= text.vocabulary // 4]
-        return Trained(each.mean(), rare.mean(), float(np.max(largest[AT_FIRST:])))
-
-    return train
-
-
-def pieces(text: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Windows of a text, and of the word after each."""
-    return text[starts[:, None] + np.arange(CONTEXT + 1)]
-
-
-def less_one(values: np.ndarray) -> str:
-    """Mean of ratios with its standard error, less 1."""
-    if len(values) == 1:
-        return f"{values[0] - 1:+.5f}"
-    mean, error = mean_and_error(values - 1)
-    return f"{mean:+.5f} ± {error:.5f}"
-
-
-def text_row(name: str, found: dict[str, list[Trained]]) -> list[Any]:
-    """The row of a format, from the runs so far."""
-    runs = found[name]
-    loss, rare = (
-        np.array([a[k] / b[k] for a, b in zip(runs, found[KINDS[name].beside], strict=True)]) for k in range(2)
-    )
-    each = ", ".join(f"{x - 1:+.5f}" for x in loss)
-    largest = f"{max(run.largest for run in runs):.2f}"
-    return [name, f"{np.mean([run.loss for run in runs]):.4f}", each, less_one(loss), less_one(rare), largest]
-
-
-def text_verdict(found: dict[str, list[Trained]]) -> str:
-    """Whether the mean is within the target, and how sure that is."""
-    pairs = zip(found[INT8], found[FLOAT32], strict=True)
-    mean, error = mean_and_error(np.array([a.loss / b.loss - 1 for a, b in pairs]))
-    said = "Met" if abs(mean) <= WITHIN else "Missed"
-    if abs(abs(mean) - WITHIN) <= 2 * error:
-        said += " within the noise"
-    return f"- {said}: int8, held-out loss over float32's, less 1: {mean:+.5f} ± {error:.5f}, target within {WITHIN}."
-
-
-def text_answer(rows: Rows) -> Answer:
-    """The loss beside float32's."""
-    excess, rare = (row_of(rows, INT8)[k] for k in (3, 4))
-    ratio = 1 + float(excess.split(" ")[0])
-    return Answer(
-        f"Over float32's, less 1, the held-out loss is {excess}, that of rare words {rare}.",
-        f"{ratio:.4f} of float32's loss",
-    )
-
-
-def train_on_text(*, quick: bool) -> None:
-    """Seed by seed, and writes the result so far after each."""
-    text = small_text() if quick else library_text()
-    steps, seeds = (12, 1) if quick else (TEXT_STEPS, TEXT_SEEDS)
-    kinds = {FLOAT32: KINDS[FLOAT32], INT8: KINDS[INT8]} if quick else KINDS
-    if importlib.util.find_spec("rollfast") is None:
-        kinds = {name: kind for name, kind in kinds.items() if not name.startswith("rollfast")}
-    trainers = {name: trainer(text, kind, steps) for name, kind in kinds.items()}
-    found: dict[str, list[Trained]] = {name: [] for name in kinds}
-    for seed in range(seeds):
-        for name, kind in kinds.items():
-            if seed < kind.seeds:
-                found[name].append(trainers[name](seed))
-                print(f"{name}, seed {seed}: {found[name][-1]}", flush=True)
-        rows = [text_row(name, found) for name in kinds]
-        note = TEXT_NOTE.format(steps=steps, python=platform.python_version())
-        if seed:
-            note += text_verdict(found)
-        about: dict[str, Any] = {"backend": f"text-{jax.default_backend()}", "packages": packages()[:1]}
-        save(NAME, TEXT_QUESTION, TEXT_COLUMNS, rows, note, answer=text_answer, quick=quick, **about)
-
-
 def packages() -> tuple[str, ...]:
     """The rivals that are here."""
     return tuple(rival for rival in RIVALS if importlib.util.find_spec(rival.replace("-", "_")))
 
 
-def compare_streams(*, quick: bool) -> None:
-    """All streams, with both values of b2."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compares on all streams, with both values of b2."""
+    quick = is_quick(__doc__, "one stream of twenty steps", arguments)
     cases = [(ALIKE, B2[0])] if quick else itertools.product(STREAMS, B2)
     rows: list[list[Any]] = []
     for name, b2 in cases:
         seeds = SEEDS_ALIKE if name == ALIKE else SEEDS
         rows += stream_rows(name, b2, *((20, 1) if quick else (STEPS, seeds)))
         print(*rows[-1], sep=" | ", flush=True)
-    note = NOTE + "\n".join(stream_verdicts(rows))
-    save(NAME, QUESTION, COLUMNS, rows, note, answer=stream_answer, packages=packages(), quick=quick)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Compares on streams of gradients and trains on text."""
-    parser = _report.parser(__doc__, "one stream of twenty steps, a small text")
-    parser.add_argument("--part", choices=("streams", "text"), help="only one of the two")
-    options = parser.parse_args(arguments)
-    if options.part != "text":
-        compare_streams(quick=options.quick)
-    if options.part != "streams":
-        train_on_text(quick=options.quick)
+    note = NOTE + "\n".join(verdicts(rows))
+    save(NAME, QUESTION, COLUMNS, rows, note, answer=answer, packages=packages(), quick=quick)
 
 
 if __name__ == "__main__":

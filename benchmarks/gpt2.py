@@ -1,6 +1,7 @@
 """What do narrow moments and weights cost at the size of GPT-2 small?
 
     python -m benchmarks.gpt2            five formats, a thousand steps each: minutes on an H100
+    python -m benchmarks.gpt2 --seeds 3 --minutes 8    no seed is begun that would end later
     python -m benchmarks.gpt2 --quick    a tiny model, two formats, twenty steps; writes nothing
     python -m benchmarks.gpt2 --draw     draws the picture from the last result again
 
@@ -12,6 +13,7 @@ import functools
 import hashlib
 import importlib.util
 import itertools
+import math
 import re
 import sysconfig
 import time
@@ -46,8 +48,9 @@ rate that warms up to {peak} and falls to zero on a cosine.
 
 The text is that of {files:,} files with a suffix of {suffixes} in Python's own folders on that machine, {bytes:,} bytes
 and {tokens:,} tokens, SHA-256 {digest}; one file of {held_out} is held out. A token is a frequent word or sign, or a
-byte. Train loss is the mean over the last tenth of the batches, in nats. It is of one seed: a difference of a percent,
-to either side, may be chance. Memory of the program: arguments, temporaries and results of the compiled steps, weights
+byte. Train loss is the mean over the last tenth of the batches, in nats. Seeds: {seeds}, each with its own weights and
+batches; over float32 is the mean of the ratios with its standard error. With one seed a difference of a percent, to
+either side, may be chance. Memory of the program: arguments, temporaries and results of the compiled steps, weights
 and activations included. Peak of the device is the largest so far, as the backend reports it; formats run in
 the order of their size, the text is counted."""
 
@@ -167,9 +170,9 @@ def read_text(setting: Setting) -> Text:
     return Text(seen, held_out, setting.vocabulary, len(contents), sum(map(len, contents)), digest)
 
 
-def first_weights(setting: Setting, dtype: DTypeLike) -> Params:
+def first_weights(setting: Setting, dtype: DTypeLike, seed: int = 0) -> Params:
     """The same for every format; the blocks are stacked, so that the layers are one program."""
-    params = _tasks.transformer(jax.random.key(0), setting.vocabulary, setting.sizes)
+    params = _tasks.transformer(jax.random.key(2 * seed), setting.vocabulary, setting.sizes)
     params["blocks"] = jax.tree.map(lambda *blocks: jnp.stack(blocks), *params["blocks"])
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
@@ -184,19 +187,20 @@ def loss(setting: Setting, params: Params, batch: Batch) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
 
-def draw_batch(setting: Setting, text: jax.Array, step: jax.Array) -> Batch:
+def draw_batch(setting: Setting, text: jax.Array, seed: int, step: jax.Array) -> Batch:
     """The batch of a step."""
-    context = setting.sizes.context
-    starts = jax.random.randint(jax.random.fold_in(jax.random.key(1), step), (setting.batch,), 0, len(text) - context)
+    context, key = setting.sizes.context, jax.random.fold_in(jax.random.key(2 * seed + 1), step)
+    starts = jax.random.randint(key, (setting.batch,), 0, len(text) - context)
     return _tasks.windows(text, starts, context)
 
 
-def trained(setting: Setting, tx: Any, params: Params, state: Any, text: jax.Array, start: jax.Array) -> Any:
+def trained(setting: Setting, tx: Any, seed: int, params: Params, state: Any, text: jax.Array, start: jax.Array) -> Any:
     """Params, state and losses after a chunk of steps."""
 
     def step(carry: tuple[Params, Any], index: jax.Array) -> tuple[tuple[Params, Any], jax.Array]:
         params, state = carry
-        value, grads = jax.value_and_grad(functools.partial(loss, setting))(params, draw_batch(setting, text, index))
+        batch = draw_batch(setting, text, seed, index)
+        value, grads = jax.value_and_grad(functools.partial(loss, setting))(params, batch)
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), value
 
@@ -204,13 +208,13 @@ def trained(setting: Setting, tx: Any, params: Params, state: Any, text: jax.Arr
     return params, state, losses
 
 
-def run(setting: Setting, form: Format, text: Text) -> Run:
+def run(setting: Setting, form: Format, text: Text, seed: int) -> Run:
     """Trains in one format, a chunk of steps at a time; the first chunk is not counted for the speed."""
     tx = form.make(schedule(setting))
-    params = jax.jit(lambda: first_weights(setting, form.weights))()
+    params = jax.jit(lambda: first_weights(setting, form.weights, seed))()
     state = jax.jit(tx.init)(params)
     seen, start = jnp.asarray(text.seen), jnp.int32(0)
-    chunk = jax.jit(functools.partial(trained, setting, tx), donate_argnums=(0, 1))
+    chunk = jax.jit(functools.partial(trained, setting, tx, seed), donate_argnums=(0, 1))
     program = chunk.lower(params, state, seen, start).compile()
     curve, seconds = [], []
     for first in range(0, setting.steps, setting.chunk):
@@ -268,19 +272,29 @@ def number_of_weights(setting: Setting) -> int:
     return sum(x.size for x in jax.tree.leaves(jax.eval_shape(lambda: first_weights(setting, jnp.float32))))
 
 
-def rows(setting: Setting, found: dict[str, Run]) -> list[list[Any]]:
-    """A row for each format that was run; ratios once float32 was."""
-    float32 = found.get(FLOAT32.name)
+def rows(setting: Setting, found: dict[str, list[Run]]) -> list[list[Any]]:
+    """A row for each format that was run; ratios once float32 was. Speed and memory are those of the last seed."""
+    float32 = found.get(FLOAT32.name, [])
     table = []
     for form in (form for form in FORMATS if form.name in found):
-        one = found[form.name]
+        runs = found[form.name]
         weights, state = bytes_a_parameter(setting, form)
-        ratios = (last(one) / last(float32), one.held_out / float32.held_out) if float32 else None
-        train, held_out = (f"{x:.4f}" for x in ratios) if ratios else ("", "")
-        most = "not counted" if one.peak is None else f"{one.peak / 1e9:.2f}"
-        cells = [f"{last(one):.4f}", train, f"{one.held_out:.4f}", held_out, f"{one.tokens_a_second:,.0f}"]
-        table.append([form.name, f"{weights:.2f} + {state:.2f}", *cells, f"{one.program / 1e9:.2f}", most])
+        cells = []
+        for of in (last, lambda one: one.held_out):
+            ratios = [of(one) / of(other) for one, other in zip(runs, float32, strict=False)]
+            cells += [f"{np.mean([of(one) for one in runs]):.4f}", mean_of(np.array(ratios))]
+        *_, speed, program, most = runs[-1]
+        cells += [f"{speed:,.0f}", f"{program / 1e9:.2f}", "not counted" if most is None else f"{most / 1e9:.2f}"]
+        table.append([form.name, f"{weights:.2f} + {state:.2f}", *cells])
     return table
+
+
+def mean_of(ratios: np.ndarray) -> str:
+    """With its standard error, where there are several."""
+    if len(ratios) < 2:
+        return "".join(f"{x:.4f}" for x in ratios)
+    mean, error = _report.mean_and_error(ratios)
+    return f"{mean:.4f} ± {error:.4f}"
 
 
 def last(one: Run) -> float:
@@ -315,7 +329,8 @@ def answer(table: _report.Rows) -> _report.Answer:
     """The loss of 8-bit moments with 24-bit weights over that of float32."""
     small = table[min(1, len(table) - 1)]
     return _report.Answer(
-        f"With {small[0]} the train loss is {small[3]} of float32's, one seed.", f"{small[3] or '?'} of float32's loss"
+        f"With {small[0]} the train loss is {small[3]} of float32's{'' if '±' in small[3] else ', one seed'}.",
+        f"{small[3].partition(' ')[0] or '?'} of float32's loss",
     )
 
 
@@ -324,22 +339,24 @@ def curves_path() -> Path:
     return _report.RESULTS / f"gpt2-{jax.default_backend()}.npz"
 
 
-def note(setting: Setting, text: Text) -> str:
+def note(setting: Setting, text: Text, seeds: int) -> str:
     """What was trained on what."""
     sizes: dict[str, Any] = setting.sizes._asdict() | {"steps": setting.steps, "batch": setting.batch}
     source: dict[str, Any] = {"files": text.files, "bytes": text.bytes, "tokens": len(text.seen) + len(text.held_out)}
     source |= {"digest": text.digest, "vocabulary": text.vocabulary, "suffixes": ", ".join(sorted(SUFFIXES))}
     optimizer = {"b2": B2, "decay": WEIGHT_DECAY, "peak": PEAK, "held_out": HELD_OUT}
-    return NOTE.format(parameters=number_of_weights(setting), **sizes, **source, **optimizer)
+    return NOTE.format(parameters=number_of_weights(setting), seeds=seeds, **sizes, **source, **optimizer)
 
 
-def write(setting: Setting, text: Text, found: dict[str, Run]) -> None:
+def write(setting: Setting, text: Text, found: dict[str, list[Run]]) -> None:
     """The result so far."""
     _report.RESULTS.mkdir(exist_ok=True)
-    curves: dict[str, Any] = {name: one.curve for name, one in found.items()}
+    curves: dict[str, Any] = {name: np.mean([one.curve for one in runs], axis=0) for name, runs in found.items()}
     np.savez(curves_path(), **curves)
     about: dict[str, Any] = {"answer": answer, "picture": draw(curves, PICTURE) if FLOAT32.name in found else None}
-    _report.save("gpt2", QUESTION, COLUMNS, rows(setting, found), note(setting, text), **about)
+    _report.save(
+        "gpt2", QUESTION, COLUMNS, rows(setting, found), note(setting, text, len(found[FORMATS[0].name])), **about
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -347,6 +364,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _report.parser(__doc__, "a tiny model, two formats, twenty steps")
     parser.add_argument("--steps", type=int, help=f"of a run; {FULL.steps}, a multiple of {FULL.chunk}")
     parser.add_argument("--batch", type=int, help=f"texts in a batch; {FULL.batch}")
+    parser.add_argument("--seeds", type=int, default=1, help="how many; 1")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="for all seeds, if given")
     parser.add_argument("--draw", action="store_true", help="draws the picture of the last result on this backend")
     options = parser.parse_args(arguments)
     if options.draw:
@@ -358,13 +377,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--steps must be a multiple of {setting.chunk}, got {setting.steps}")
     text = read_text(setting)
     print(f"{len(text.seen):,} tokens of {text.files:,} files", flush=True)
-    found: dict[str, Run] = {}
-    for form in (FORMATS[1], FLOAT32) if options.quick else FORMATS:
-        started = time.perf_counter()
-        found[form.name] = run(setting, form, text)
-        print(f"{form.name}: {last(found[form.name]):.4f}, {time.perf_counter() - started:.0f} s", flush=True)
-        if not options.quick:
-            write(setting, text, found)
+    found: dict[str, list[Run]] = {}
+    began = time.perf_counter()
+    for seed in range(options.seeds):
+        if (time.perf_counter() - began) * (seed + 1) > 60 * options.minutes * max(1, seed):
+            print(f"{seed} of {options.seeds} seeds: the next would not end within {options.minutes:g} minutes")
+            break
+        for form in (FORMATS[1], FLOAT32) if options.quick else FORMATS:
+            started = time.perf_counter()
+            one = run(setting, form, text, seed)
+            found.setdefault(form.name, []).append(one)
+            print(f"{form.name}, seed {seed}: {last(one):.4f}, {time.perf_counter() - started:.0f} s", flush=True)
+            if not options.quick:
+                write(setting, text, found)
     if options.quick:
         print(*rows(setting, found), sep="\n")
 

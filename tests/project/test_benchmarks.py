@@ -18,6 +18,7 @@ import optax
 import pytest
 from jax import numpy as jnp
 
+import optax_nadam
 from benchmarks import (
     _report,
     _rivals,
@@ -25,8 +26,8 @@ from benchmarks import (
     eight_bits,
     flashoptim,
     gpt2,
+    language_model,
     memory_formats,
-    memory_quality,
     precision,
     step_time,
     tracing,
@@ -38,8 +39,6 @@ from optax_nadam import ScaleByNadamState, scale_by_nadam
 ROOT = _report.RESULTS.parents[1]
 RESULTS = {path.stem: json.loads(path.read_text()) for path in _report.RESULTS.glob("*.json")}
 ANSWERS = {
-    "eight_bits-cpu": eight_bits.stream_answer,
-    "eight_bits-text-cpu": eight_bits.text_answer,
     "flashoptim-for-gpu": flashoptim.traffic_answer,
     "flashoptim-places": flashoptim.places_answer,
 }
@@ -162,21 +161,26 @@ def test_interval_of_a_median(number, ends):
         assert 0.94 < sum(math.comb(number, k) for k in range(int(low), int(high))) / 2**number < 0.97
 
 
+def text_run(loss, slope=0.0):
+    curve = loss * (1 + slope * np.arange(language_model.PARTS))
+    return language_model.Run([loss, loss, 2 * loss, 3 * loss], curve.tolist(), 1, 2.0)
+
+
 def test_verdicts():
     for target, word in (({"at_most": 1.3}, "Met"), ({"at_least": 1.01}, "Met within the noise")):
         said = step_time.verdict("a", [0.9, 1.0, 1.1, 1.2], **target)
         assert said.startswith(f"- {word}: a: 1.050 (0.900 to 1.200), target at ")
     assert step_time.verdict("a", [0.9, 1.0, 1.1, 1.2], at_least=1.3).startswith("- Missed: ")
-    for values, word in (([1, 1.0002], "Met: "), ([0.99, 1.014], "Missed within"), ([1, np.nan], "Missed: ")):
-        assert memory_quality.verdict("a", np.array(values)).startswith(f"- {word}")
+    model = language_model.MODELS[0]
+    for loss, word in ((2.0008, "Met"), (2.002, "Missed"), (np.nan, "Missed")):
+        runs = {"float32": [text_run(2.0)] * 2, "int8": [text_run(loss)] * 2}
+        assert language_model.verdict(model, runs).startswith(f"- {word}: ")
 
 
 def test_means_and_quantiles():
     assert _report.milliseconds([0.001, 0.002, 0.003]) == "2 ms (1 to 3)"
-    assert memory_quality.mean_and_error(np.array([1.0, 2.0, 3.0])) == pytest.approx((2, 3**-0.5))
-    assert memory_quality.losses(np.arange(5.0)) == "2 (1 to 3)"
+    assert _report.mean_and_error(np.array([1.0, 2.0, 3.0])) == pytest.approx((2, 3**-0.5))
     assert convergence.median_and_quartiles(np.arange(5.0)) == "2.0000 (1.0000 to 3.0000)"
-    assert convergence.loss_of_batches(np.arange(200.0), 0.25) == np.mean(range(30, 50))
     assert tracing.growth({10: 1.0, 148: 2.0, 592: 16.0}) == pytest.approx(1.5)
     assert gpt2.last(gpt2.Run(np.array([9.0] * 18 + [1.0, 2.0]), 1.0, 1.0, 1, None)) == 1.5
 
@@ -187,47 +191,88 @@ def test_difference_of_losses(shift, word):
     assert convergence.difference(others + noise + shift, others) == f"{shift:+.4f} ± 0.5774, {word}"
 
 
-def test_best_rate_is_chosen():
-    study, best = convergence.Study(convergence.diabetes(), 1.0, 0.5), range(len(convergence.OPTIMIZERS))
+def test_best_rate_and_b1_are_chosen():
+    study, best = convergence.Study(convergence.diabetes(), 1.0), len(convergence.B1) - 2
 
-    def run(rates, seeds):
-        assert not set(seeds) & set(range(convergence.SEEDS))
-        losses = np.abs(np.round(np.log2(rates / rates[:, :1])) - np.minimum(5, best)[:, None])
-        return convergence.Runs(np.array([]), np.where(losses == 3, np.nan, losses), np.array([]))
+    def run(rates, b1, seeds):
+        place = np.searchsorted(convergence.B1, b1)
+        tuning = seeds >= convergence.FIRST_TUNING_SEED
+        assert tuning.all() or sorted(set(seeds)) == list(range(convergence.SEEDS))
+        if not tuning.all():
+            assert (np.log2(rates) == place).all()  # at each b1 the rate that was best there
+        away = abs(np.log2(rates) - place)
+        return np.where(away == 3, np.nan, away + abs(place - best) + seeds % 2), -away
 
-    assert convergence.tuned(study, run).tolist() == [0, 1, 2, 3, 4, 5, 5, 5, 5, 5]
-    beside = np.repeat([[1.0, 3.0], [3.0, np.nan], [3.0, 1.5]], convergence.FEWER, axis=1)
-    finer = convergence.refined(np.full((3, convergence.SEEDS), 2.0), beside)
-    assert finer.tolist() == [[x] * convergence.FEWER for x in (1.0, 2.0, 1.5)]
+    losses = convergence.Losses(*(np.stack([x]) for x in convergence.of_rule(study, run)))
+    assert losses.learning_rates.tolist() == [list(range(len(convergence.B1)))]
+    assert losses.b1.tolist() == [best]
+    assert losses.train.shape == losses.held_out.shape == (1, len(convergence.B1), convergence.SEEDS)
+    assert convergence.marked(study.grid, best) == "32"
+    assert convergence.marked(study.grid, 0) == "1 (edge of the grid)"
 
 
 def test_joint_runs_equal_single():
     task = convergence.diabetes()._replace(steps=4)
-    makers = [convergence.OPTIMIZERS[name] for name in (convergence.ADAM, convergence.NADAMW)]
-    joint = convergence.program(task, makers)(np.array([[0.01, 0.1], [0.02, 0.2]]), np.array([3, 5]))
-    for i, rate, seed in ((0, 0.01, 3), (1, 0.2, 5)):
-        tx = makers[i](optax.warmup_cosine_decay_schedule(0.0, rate, 1, task.steps))
+    make = convergence.RULES["scheduled"]
+    train, held_out = convergence.program(task, make)(np.array([0.01, 0.2]), np.array([0.9, 0.5]), np.array([3, 5]))
+    for i, rate, b1, seed in ((0, 0.01, 0.9, 3), (1, 0.2, 0.5, 5)):
+        tx = make(optax.warmup_cosine_decay_schedule(0.0, rate, 1, task.steps), b1)
         weights, order = jax.random.split(jax.random.key(seed))
-
-        def step(carry, index, tx=tx, order=order):
-            params, state = carry
-            loss, grads = jax.value_and_grad(task.loss)(params, task.draw(jax.random.fold_in(order, index)))
-            updates, state = tx.update(grads, state, params)
-            return (optax.apply_updates(params, updates), state), loss
-
         params = task.init(weights)
-        (params, _), losses = jax.lax.scan(step, (params, tx.init(params)), np.arange(task.steps))
-        np.testing.assert_allclose(joint.curves[i, i], losses, rtol=1e-5)
-        np.testing.assert_allclose(joint.train[i, i], task.loss(params, task.train), rtol=1e-5)
+        state = tx.init(params)
+        for index in range(task.steps):
+            grads = jax.grad(task.loss)(params, task.draw(jax.random.fold_in(order, index)))
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(train[i], task.loss(params, task.train), rtol=1e-5)
+        np.testing.assert_allclose(held_out[i], task.loss(params, task.held_out), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("end", "third", "lost"), [(1.4, 1.4, 0), (1.6, 1.4, 1), (1.4, 3.1, 1), (np.nan, 1.4, 1)])
-def test_unstable_runs_are_counted(end, third, lost):
-    float32 = memory_quality.Runs(np.tile([[1.0], [2.0]], 50), np.ones(2), np.ones(2))
-    curves = np.ones((2, 50))
-    curves[0, 30], curves[:, 2] = third, 99.0  # the latter in the warm-up
-    losses = np.array([end, 1.0])
-    assert memory_quality.unstable(memory_quality.Runs(curves, losses, losses), float32).sum() == lost
+def test_losses_of_a_format_beside_float32():
+    found = {"float32": [text_run(2.0), text_run(4.0)], "int8": [text_run(2.02, 1e-3), text_run(4.0, 3e-3)]}
+    model = language_model.MODELS[0]._replace(steps=1000)  # a part is 50 steps
+    _, name, seeds, loss, *excess, over, slope, long_steps = language_model.row(model, "int8", found)
+    assert (name, seeds, loss, long_steps) == ("int8", 2, "3.0100", "1 1")
+    assert excess == ["+0.00500 ± 0.00500"] * 4
+    assert over == "+0.01302, +0.02304, +0.04309"
+    assert slope == "+0.04010 ± 0.01990"
+    assert language_model.row(model, "float32", found)[4:-1] == [""] * 6
+    assert language_model.by_rank(np.array([7, 3, 7, 9, 9, 7])).tolist() == [0, 2, 0, 1, 1, 0]
+
+
+def test_nearest_rounding_is_undone_afterwards():
+    values = jnp.full(1000, 1 + 2.0**-9)  # a quarter of the way to the next bfloat16
+    state = optax_nadam.ScaleByNadamState(jnp.int32(5), jnp.float32(0.1), m=values.astype("bfloat16"), v=values)
+    tx = scale_by_nadam(b1=0.5, m_dtype="bfloat16")
+    for name, kinds in ((language_model.NEAREST_16, 1), ("bfloat16", 2)):
+        with language_model.rounding(language_model.KINDS[name]):
+            _, new = tx.update(values * 1.0039, state)
+            assert len(set(new.m.tolist())) == kinds, name
+
+
+def test_runs_that_were_made_are_not_made_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(language_model, "RUNS", tmp_path)
+    monkeypatch.setattr(language_model, "library_text", lambda: None)
+    model = language_model.MODELS[0]._replace(kinds=("float32", "int8"), seeds=2)
+    made: list[tuple[language_model.Kind, int]] = []
+
+    def trainer(model, kind, text):
+        def train(seed):
+            if len(made) == 3:
+                raise KeyboardInterrupt
+            made.append((kind, seed))
+            return text_run(float(seed))
+
+        return train
+
+    monkeypatch.setattr(language_model, "trainer", trainer)
+    with pytest.raises(KeyboardInterrupt):
+        language_model.train(model)
+    made.pop(0)
+    language_model.train(model)
+    kinds = [language_model.KINDS[name] for name in model.kinds]
+    assert made == [(kinds[1], 0), (kinds[0], 1), (kinds[1], 1)]
+    assert language_model.loaded(model) == {name: [text_run(0.0), text_run(1.0)] for name in model.kinds}
 
 
 def test_precision_is_measured():
@@ -282,14 +327,11 @@ def test_verdicts_on_8_bits():
     assert eight_bits.compared(narrow, wide, eight_bits.whole) == "0.177; 1.5"
     rows = [["alike", 0.95, "1", "0.004; 1.6", "0; 1", "0.003; 9", "not installed"]]
     rows += [[eight_bits.EXCEPTED, 0.95, "1", "0.004; 9", "0; 1", "0.003; 9", "not installed"]]
-    assert [x.split(": ")[1] for x in eight_bits.stream_verdicts(rows)] == [
+    assert [x.split(": ")[1] for x in eight_bits.verdicts(rows)] == [
         "Missed by alike (1.6, not 1.5)",
         "Met",
         "Missed by alike (0.004, not 0.003)",
     ]
-    runs = {x: [eight_bits.Trained(y, 1.0, 1.0)] * 2 for x, y in (("float32", 2.0), ("int8", 2.002))}
-    assert eight_bits.text_verdict(runs).startswith("- Missed: int8, held-out loss over float32's, less 1: +0.00100")
-    assert eight_bits.numbered(["b", "a", "b", "c"], 3).tolist() == [1, 2, 1, 0]
 
 
 @pytest.mark.parametrize("name", RESULTS)
