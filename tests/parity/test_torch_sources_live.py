@@ -1,4 +1,4 @@
-"""Each kind of checkpoint of docs/sources.md, continued here and there, and back."""
+"""Each kind of checkpoint of docs/carry.md, continued here and there, and back."""
 
 import warnings
 

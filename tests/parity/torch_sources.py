@@ -1,6 +1,6 @@
 """The kinds of checkpoints that torch and timm users have: how each is made, and what to pass to load it.
 
-``python -m tests.parity.torch_sources`` prints the figures of docs/sources.md.
+``python -m tests.parity.torch_sources`` prints the figures of docs/carry.md.
 """
 
 import io

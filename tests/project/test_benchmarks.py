@@ -205,7 +205,11 @@ def test_best_rate_and_b1_are_chosen():
 
     losses = convergence.Losses(*(np.stack([x]) for x in convergence.of_rule(study, run)))
     assert losses.learning_rates.tolist() == [list(range(len(convergence.B1)))]
-    assert losses.b1.tolist() == [best]
+    twice = convergence.Losses(*(np.concatenate([x, x]) for x in losses))
+    twice.train[0, 1] = -1
+    assert twice.b1.tolist() == [1, best]  # of the first, Adam, the seeds of the result decide
+    assert (twice.adam[0] == -1).all()
+    assert (twice.adam[1] == losses.held_out[0, 1]).all()
     assert losses.train.shape == losses.held_out.shape == (1, len(convergence.B1), convergence.SEEDS)
     assert convergence.marked(study.grid, best) == "32"
     assert convergence.marked(study.grid, 0) == "1 (edge of the grid)"
