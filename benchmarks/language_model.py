@@ -131,11 +131,13 @@ KINDS = {
     ROLLFAST_32: Kind(rollfast(False), beside=ROLLFAST_32),
     "rollfast, 8-bit": Kind(rollfast(True), beside=ROLLFAST_32),
 }
-ROUNDED = (NEAREST_16, NEAREST)
+APART = tuple(kind for kind in KINDS if kind not in (NEAREST, NEAREST_16))
+TIED = (FLOAT32, JITTERED, INT8, FORMER, ROLLFAST_32, "rollfast, 8-bit")
+LONG = (FLOAT32, INT8, NEAREST, JITTERED, NAIVE, BYTES, NEAREST_16, "bfloat16")
 MODELS = (
-    Model("head apart", 128, False, 0.95, 8, 300, 3, tuple(kind for kind in KINDS if kind not in ROUNDED)),
-    Model("head tied", 128, True, 0.95, 8, 300, 3, (FLOAT32, JITTERED, INT8, FORMER, ROLLFAST_32, "rollfast, 8-bit")),
-    Model("long run", 64, True, 0.999, 4, 5000, 2, (FLOAT32, JITTERED, "bfloat16", INT8, *ROUNDED, NAIVE, BYTES)),
+    Model("head apart", 128, False, 0.95, 8, 300, 3, APART),
+    Model("head tied", 128, True, 0.95, 8, 300, 3, TIED),
+    Model("long run", 64, True, 0.999, 4, 5000, 2, LONG),
 )
 
 

@@ -67,6 +67,6 @@ def test_by_leaf_on_a_tpu():
 
 
 def test_split_bytes_on_tpus():
-    """The compiler cannot do it yet; where this fails, say so in docs/offload.md and drop the layout."""
+    """The compiler cannot do it yet; where this fails, say so in docs/memory.md and drop the layout."""
     (case,) = (case for case in cases("tpu") if case.moments == "int8" and case.chips == 16)
     assert row(case, "tpu")[-2] == "internal error of the compiler"
