@@ -1,7 +1,8 @@
 """Continue a PyTorch run in JAX: same weights, same optimizer state, same curve.
 
-A small network is trained on scikit-learn's digits with torch.optim.NAdam, saved with torch.save, and loaded into JAX
-with optax_nadam.compat.torch. Then both continue from there, and both curves are drawn into one picture.
+A small network is trained on scikit-learn's digits with torch.optim.NAdam under a learning rate schedule, saved with
+torch.save, and loaded into JAX with optax_nadam.compat.torch. Then both continue from there, and both curves are drawn
+into one picture.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from jax import numpy as jnp
 
 from optax_nadam import compat
 
-HYPERPARAMETERS: dict[str, Any] = {"lr": 2e-3, "weight_decay": 1e-2, "decoupled_weight_decay": True}
+LEARNING_RATE, DECAY = 3e-3, 1e-2
 
 
 def to_params(weights: dict[str, Any]) -> dict[str, Any]:
@@ -30,11 +31,13 @@ def to_params(weights: dict[str, Any]) -> dict[str, Any]:
 class TorchRun:
     """A model and its optimizer in PyTorch."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, steps: int) -> None:
         """Draws the weights."""
         torch.manual_seed(seed)
         self.model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.ReLU(), torch.nn.Linear(32, 10))
-        self.optimizer = torch.optim.NAdam(self.model.named_parameters(), **HYPERPARAMETERS)
+        decay: dict[str, Any] = {"weight_decay": DECAY, "decoupled_weight_decay": True}
+        self.optimizer = torch.optim.NAdam(self.model.named_parameters(), lr=LEARNING_RATE, **decay)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def train(self, batches: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
         """The loss of each batch."""
@@ -44,6 +47,7 @@ class TorchRun:
             loss = torch.nn.functional.cross_entropy(self.model(torch.from_numpy(images)), torch.from_numpy(labels))
             loss.backward()
             self.optimizer.step()
+            self.scheduler.step()
             losses.append(loss.item())
         return losses
 
@@ -56,20 +60,24 @@ def main() -> None:
     parser.add_argument("--out", type=png, default=Path("out/from_torch.png"), help="file of the picture")
     arguments = parser.parse_args()
 
-    batches = digits_in_batches(2 * arguments.steps, arguments.seed)
-    run = TorchRun(arguments.seed)
-    before = run.train(batches[: arguments.steps])
+    steps, whole = arguments.steps, 2 * arguments.steps
+    batches = digits_in_batches(whole, arguments.seed)
+    run = TorchRun(arguments.seed, whole)
+    before = run.train(batches[:steps])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.pt"
-        torch.save({"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict()}, path)
+        parts = {"model": run.model, "optimizer": run.optimizer, "scheduler": run.scheduler}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, path)
         checkpoint = torch.load(path)
 
+    source = compat.torch.read(checkpoint["optimizer"], scheduler=checkpoint["scheduler"])
+    print(source)
     params = to_params({name: tensor.numpy() for name, tensor in checkpoint["model"].items()})
-    tx = compat.torch.config_from(checkpoint["optimizer"]["param_groups"][0]).build()
-    state = compat.torch.load_state(tx.init(params), checkpoint["optimizer"], to_params)
+    tx = compat.torch.from_groups(source, to_params)
+    state = compat.torch.load_state(tx.init(params), source, to_params)
 
-    here = train_in_jax(params, tx, state, batches[arguments.steps :])
-    there = run.train(batches[arguments.steps :])
+    here = train_in_jax(params, tx, state, batches[steps:])
+    there = run.train(batches[steps:])
     draw_continuations("PyTorch", before, there, here, arguments.out)
 
 
