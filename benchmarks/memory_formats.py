@@ -1,5 +1,6 @@
 """How much memory, traffic and time do the formats of moments and weights take?"""
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -60,6 +61,10 @@ FORMATS = [
     Format("optax.nadamw, mu_dtype=bfloat16", jnp.float32, optax.nadamw(1e-3, mu_dtype=jnp.bfloat16)),
     Format("optax.nadamw", jnp.bfloat16, optax.nadamw(1e-3)),
 ]
+if importlib.util.find_spec("rollfast"):
+    from rollfast.optim.adam8 import adamw8
+
+    FORMATS.append(Format("rollfast, adamw8(nesterov=True)", jnp.float32, adamw8(1e-3, nesterov=True)))
 GROUPS = FORMATS[:3], FORMATS[3:6], FORMATS[6:9], FORMATS[9:]  # a few at a time, so that all fit
 COLUMNS = ["moments", "weights and gradients"]
 NOTE = """\
