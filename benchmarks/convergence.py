@@ -1,7 +1,8 @@
 """Does Nadam train better than Adam once b1 is tuned too, and with which rule?
 
-python -m benchmarks.convergence                  four tasks, three rules, learning rate and b1 tuned for each
-python -m benchmarks.convergence --task digits    one of the tasks; the others as they were measured before
+python -m benchmarks.convergence                  four tasks, three rules, learning rate and b1 tuned for each; a task
+                                                  that was measured before is not measured again
+python -m benchmarks.convergence --task digits    one of the tasks, again
 python -m benchmarks.convergence --quick          one task, two steps; writes nothing
 """
 
@@ -303,10 +304,18 @@ def store(task: str, losses: Losses) -> None:
     stored(task).write_text(json.dumps(parts) + "\n")
 
 
+def report() -> None:
+    """Writes the table and the picture of the tasks so far."""
+    found = [(study, loaded(study.task.name)) for study in studies() if stored(study.task.name).exists()]
+    table = [row for study, losses in found for row in rows(study, losses)]
+    save("convergence", QUESTION, COLUMNS, table, note(), answer=answer, picture=PICTURE, packages=("scikit-learn",))
+    draw({study.task.name: losses for study, losses in found}, PICTURE)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Tunes and evaluates, task by task, and writes the result."""
     parser = _report.parser(__doc__, "one task, two steps")
-    parser.add_argument("--task", choices=[study.task.name for study in studies()], help="only one of the tasks")
+    parser.add_argument("--task", choices=[study.task.name for study in studies()], help="one of the tasks, again")
     options = parser.parse_args(arguments)
     if options.quick:
         study = studies()[-1]
@@ -314,13 +323,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(*rows(study, measured(study)), sep="\n", flush=True)
         return
     for study in studies():
-        if options.task in (None, study.task.name):
-            store(study.task.name, measured(study))
-            print(*rows(study, loaded(study.task.name)), sep="\n", flush=True)
-    results = {study.task.name: loaded(study.task.name) for study in studies() if stored(study.task.name).exists()}
-    table = [row for study in studies() if study.task.name in results for row in rows(study, results[study.task.name])]
-    save("convergence", QUESTION, COLUMNS, table, note(), answer=answer, picture=PICTURE, packages=("scikit-learn",))
-    draw(results, PICTURE)
+        name = study.task.name
+        if name == options.task or (options.task is None and not stored(name).exists()):
+            store(name, measured(study))
+            report()
 
 
 if __name__ == "__main__":

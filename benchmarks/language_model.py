@@ -266,8 +266,9 @@ def rounding(kind: Kind) -> Iterator[None]:
 
 def evaluated(params: Any, text: np.ndarray) -> list[float]:
     """The loss on a text, and on its tokens of each range of ranks."""
-    windows = pieces(text, np.linspace(0, len(text) - CONTEXT - 1, WINDOWS).astype(int))
-    each = np.concatenate([losses(params, part) for part in np.split(windows, 32)]).astype(np.float64)
+    number = min(WINDOWS, len(text) // (32 * CONTEXT) * 32)
+    windows = pieces(text, np.linspace(0, len(text) - CONTEXT - 1, number).astype(int))
+    each = np.concatenate([losses(params, part) for part in np.split(windows, number // 32)]).astype(np.float64)
     ranks = [(low <= windows[:, 1:]) & (windows[:, 1:] < high) for low, high in itertools.pairwise(RANKS)]
     return [float(each.mean()), *(float(each[part].mean()) for part in ranks)]
 

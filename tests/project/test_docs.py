@@ -1,7 +1,8 @@
 """The code of the pages runs, the reference lists all that is public, curves and figures have a source.
 
 - Curves and the lengths of steps are those of the formula, within 1e-5.
-- Each difference in ``evidence.md`` was measured by ``benchmarks/convergence.py``.
+- Each difference in ``evidence.md`` was measured by ``benchmarks/convergence.py``, each of losses in ``memory.md`` by
+  ``benchmarks/language_model.py``.
 """
 
 import doctest
@@ -161,8 +162,9 @@ def test_curves_of_lengths():
     plt.close("all")
 
 
+RESULTS = DOCS.parent / "benchmarks" / "results"
 EVIDENCE = (DOCS / "evidence.md").read_text()
-MEASURED = json.loads((DOCS.parent / "benchmarks" / "results" / "convergence-cpu.json").read_text())
+MEASURED = json.loads((RESULTS / "convergence-cpu.json").read_text())
 
 
 def cells(line):
@@ -184,3 +186,14 @@ def test_named_differences():
     assert len(named) > 20
     assert named <= {cell.rpartition(",")[0] for row in MEASURED["rows"] for cell in row}
     assert "edge" not in json.dumps(MEASURED["rows"])  # no learning rate was at the edge of its grid
+
+
+def test_table_of_quality():
+    (table,) = re.findall(r"^\| moments; weights \|.*\n((?:\|.*\n)+)", (DOCS / "memory.md").read_text(), re.MULTILINE)
+    rows = json.loads((RESULTS / "language_model-cpu.json").read_text())["rows"]
+    models = list(dict.fromkeys(row[0] for row in rows))
+    measured = {(model, name): excess for model, name, _, _, excess, *_ in rows if excess}
+    _, *shown = map(cells, table.splitlines())
+    assert {name for name, *_ in shown} == {name for _, name in measured}
+    for name, *excesses in shown:
+        assert excesses == [measured.get((model, name), "") for model in models], name
