@@ -387,7 +387,7 @@ def draw(results: dict[Model, Found], path: Path) -> None:
         axes.axhline(0, color="grey", lw=0.8)
         axes.grid(alpha=0.2)
     lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    figure.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     figure.supxlabel("step", fontsize=9)
     figure.supylabel("train loss over float32's, less 1", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
