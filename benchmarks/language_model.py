@@ -60,7 +60,8 @@ Held out: 1024 windows of the last 200,000 tokens. A seed has its own weights an
 Differences are of the same seed to float32 (rollfast: to its own float32), a mean with its standard error; "float32,
 weights times 1 + 1e-6" is float32 with other rounding errors, the floor of the noise. Frequent are the first 128
 tokens, rare those from 1024 on. Slope: how much the train loss over float32's changes in 1,000 steps, fitted to the
-second half. Long steps: those after the first ten in which an element moves by over twice the learning rate, of all.
+second half. Long steps: those after the first ten in which an element moves by over twice the learning rate, of each
+seed; at b2 = 0.999 rare tokens do so with exact moments too.
 Rounded to the nearest: the same formats without stochastic rounding. Naive: a step is added to the bfloat16 weight.
 "{former}" was recorded with that version. The runs took {hours:.1f} hours of one processor.
 
