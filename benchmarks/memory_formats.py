@@ -192,6 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows,
             NOTE.format(programs=ON_CPU if cpu else ON_DEVICE),
             answer=answer,
+            packages=("rollfast",) if importlib.util.find_spec("rollfast") else (),
             quick=quick,
         )
 
