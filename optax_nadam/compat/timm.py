@@ -307,7 +307,7 @@ def from_groups(
 
 def load_state(
     opt_state: Any,
-    source: Mapping[str, Any],
+    source: Mapping[str, Any] | Checkpoint,
     to_params: Callable[[Any], Any],
     *,
     config: NadamConfig | None = None,
