@@ -18,10 +18,8 @@ def right_calls() -> None:
     assert_type(compat.torch.nadam(), optax.GradientTransformationExtraArgs)
     assert_type(optax_nadam.nadam(optax.constant_schedule(1e-3)).init({}), optax.OptState)
     assert_type(optax_nadam.get_state(()), optax_nadam.ScaleByNadamState | optax_nadam.QuantizedNadamState)
-    for names in (compat.torch, compat.timm):  # what read returns is taken wherever a source is
-        source = names.read({})
-        assert_type(names.from_groups(source, dict), optax.GradientTransformationExtraArgs)
-        names.load_state((), source, dict)
+    compat.torch.load_state((), compat.torch.read({}), dict)  # what read returns is taken wherever a source is
+    compat.timm.load_state((), compat.timm.read({}), dict)
     compat.keras.load_state((), compat.keras.read("model.keras"), dict)
 
 
