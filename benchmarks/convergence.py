@@ -125,7 +125,7 @@ def diabetes() -> Task:
         drawn = jax.random.choice(key, len(x), (32,), replace=False)
         return x[drawn], y[drawn]
 
-    return Task("diabetes", 600, 1e-2, _layers, _squared_error, draw, (x, y), (x_held_out, y_held_out), 0.0)
+    return Task("diabetes", 600, _layers, _squared_error, draw, (x, y), (x_held_out, y_held_out))
 
 
 def _layers(key: jax.Array) -> Params:

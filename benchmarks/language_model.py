@@ -404,7 +404,8 @@ def report(results: dict[Model, Found]) -> None:
         vocabulary=VOCABULARY, python=platform.python_version(), models=models, former=FORMER, hours=hours
     )
     note += "\n".join(verdict(model, found) for model, found in results.items())
-    about: dict[str, Any] = {"packages": ("rollfast", "tokenizers"), "picture": PICTURE}
+    rival = ("rollfast",) if importlib.util.find_spec("rollfast") else ()
+    about: dict[str, Any] = {"packages": (*rival, "tokenizers"), "picture": PICTURE}
     save("language_model", QUESTION, COLUMNS, rows, note, answer=answer, **about)
     draw(results, PICTURE)
 
