@@ -2,7 +2,7 @@
 
 python -m benchmarks --quick              each in seconds; writes nothing
 python -m benchmarks --quick options      only those named
-python -m benchmarks --gpu                what a GPU shows, in 12 minutes on an H100, then the tests of the update
+python -m benchmarks --gpu                what a GPU shows, gpt2 for at most 8 minutes, then the tests of the update
 """
 
 import importlib

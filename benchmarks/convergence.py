@@ -102,7 +102,7 @@ Program = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.nd
 
 
 def studies() -> list[Study]:
-    """The tasks; runs are short and batches small, so that all of it takes an hour on two cores."""
+    """The tasks; runs are short and batches small, so that all of it takes about two hours of one processor."""
     text, digits = _tasks.language_model(), _tasks.digits()
     text = _with_batches_of(8, text._replace(train=_thinned(text.train), held_out=_thinned(text.held_out)))
     long = text._replace(steps=800, name="language model, four times as long")

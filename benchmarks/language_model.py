@@ -44,13 +44,8 @@ ROUNDED_WEIGHTS = "int8; bfloat16 weights, stochastically rounded"
 NAIVE = "float32; bfloat16 weights, naive"
 QUESTION = "What do narrow moments and narrow weights cost a language model?"
 COLUMNS = ["model", "moments; weights", "seeds", "held-out loss", "over float32's, less 1"]
-COLUMNS += [
-    "frequent tokens",
-    "in between",
-    "rare tokens",
-    "train loss over float32's, less 1: at a quarter, half, end",
-]
-COLUMNS += ["slope over the second half", "long steps"]
+COLUMNS += ["frequent tokens", "in between", "rare tokens"]
+COLUMNS += ["train loss over float32's, less 1: at a quarter, half, end", "slope over the second half", "long steps"]
 NOTE = """\
 Transformers of two layers over {vocabulary:,} tokens, a byte-pair encoding of the sources of the standard library of
 Python {python}, on which they are trained. Gradients are clipped to a norm of 1; the

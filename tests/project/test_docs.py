@@ -162,6 +162,7 @@ def test_curves_of_lengths():
     plt.close("all")
 
 
+NAIVE = "float32; bfloat16 weights, naive"
 RESULTS = DOCS.parent / "benchmarks" / "results"
 EVIDENCE = (DOCS / "evidence.md").read_text()
 MEASURED = json.loads((RESULTS / "convergence-cpu.json").read_text())
@@ -183,7 +184,7 @@ def test_table_of_evidence():
 
 def test_named_differences():
     named = set(re.findall(r"[-+][\d.]+ ± [\d.]+\d", " ".join(EVIDENCE.split())))
-    assert len(named) > 20
+    assert len(named) > 40
     assert named <= {cell.rpartition(",")[0] for row in MEASURED["rows"] for cell in row}
     assert "edge" not in json.dumps(MEASURED["rows"])  # no learning rate was at the edge of its grid
 
@@ -197,3 +198,28 @@ def test_table_of_quality():
     assert {name for name, *_ in shown} == {name for _, name in measured}
     for name, *excesses in shown:
         assert excesses == [measured.get((model, name), "") for model in models], name
+
+
+def test_named_excesses():
+    rows = json.loads((RESULTS / "language_model-cpu.json").read_text())["rows"]
+    found = {(model, name): excess.split(" ± ") for model, name, _, _, excess, *_ in rows if excess}
+    (ours, error), (theirs, their_error) = (found["head apart", name] for name in ("int8", "rollfast, 8-bit"))
+    readme = f"{1 + float(ours):.5f} ± {error.removeprefix('0')} times float32's"
+    rival = f"{1 + float(theirs):.3f} ± {float(their_error):.3f}".replace("± 0", "± ")
+    assert named_on("../README.md", [readme, rival]) == []
+    nearest, naive = (float(found["long run", name][0]) for name in ("bfloat16, rounded to the nearest", NAIVE))
+    phrases = [f"to the nearest end {100 * nearest:.1f}% higher", f"bfloat16 weights end {100 * naive:.1f}% higher"]
+    assert named_on("memory.md", phrases) == []
+
+
+def test_named_gains():
+    rows = [dict(zip(MEASURED["columns"], row, strict=True)) for row in MEASURED["rows"]]
+    adam = {row["task"]: float(row["train loss"].split()[0]) for row in rows if row["rule"] == "adam"}
+    gains = [
+        -100 * float(row["train loss minus Adam's"].split()[0]) / adam[row["task"]]
+        for row in rows
+        if row["rule"] == "constant" and "lower" in row["train loss minus Adam's"]
+    ]
+    assert len(gains) == len(adam) == 4
+    assert named_on("evidence.md", [f"on all four, by {min(gains):.1f} to {max(gains):.1f}%"]) == []
+    assert not any("higher" in row["the same at b1 0.9"] for row in rows if row["rule"] == "scheduled")
