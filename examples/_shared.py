@@ -1,4 +1,4 @@
-"""What the examples share: arguments, the digits, a network and its training in JAX, printing and drawing."""
+"""What the examples share: arguments, the digits, a network and its training in JAX, printing."""
 
 import argparse
 from collections.abc import Callable
@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import optax
 from jax.typing import ArrayLike
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -106,28 +105,6 @@ def train(step: Callable[..., Any], params: Any, state: Any, batches: list[Batch
     return params, state, losses
 
 
-def train_in_jax(params: Any, tx: Any, state: Any, batches: list[Batch]) -> list[float]:
-    """The loss of each batch."""
-    return train(make_step(tx), params, state, batches)[-1]
-
-
 def report(losses: list[float]) -> None:
     """Prints the first and the last loss."""
     print(f"loss: {losses[0]:.4f} at first, {losses[-1]:.4f} after {len(losses)} steps")
-
-
-def draw_continuations(framework: str, before: list[float], there: list[float], here: list[float], path: Path) -> None:
-    """Draws the common part and both continuations, and prints how much they differ."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(before, color="0.6", label=f"{framework}, before the checkpoint")
-    steps = np.arange(len(before), len(before) + len(there))
-    axes.plot(steps, there, lw=4, alpha=0.4, label=f"{framework}, continued")
-    axes.plot(steps, here, lw=1.2, label="JAX, continued from the checkpoint")
-    axes.set(yscale="log", xlabel="step", ylabel="training loss", title="Digits: one run, two frameworks")
-    axes.legend(frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    print(f"loss at the end: {framework} {there[-1]:.6f}, JAX {here[-1]:.6f}")
-    print(f"largest relative difference: {max(abs(a / b - 1) for a, b in zip(here, there, strict=True)):.1e}")
-    print(f"both curves in {path}")

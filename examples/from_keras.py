@@ -15,8 +15,9 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
 import numpy as np
-from _shared import Parser, digits_in_batches, draw_continuations, natural, png, positive, train_in_jax
+from _shared import Parser, digits_in_batches, make_step, natural, png, positive, train
 from jax import numpy as jnp
+from matplotlib.figure import Figure
 
 from optax_nadam import compat
 
@@ -42,6 +43,23 @@ def train_in_keras(model: Any, batches: list[tuple[np.ndarray, np.ndarray]]) -> 
     return [float(model.train_on_batch(images, labels)) for images, labels in batches]
 
 
+def draw(before: list[float], there: list[float], here: list[float], path: Path) -> None:
+    """Draws the common part and both continuations, and prints how much they differ."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(before, color="0.6", label="Keras, before the checkpoint")
+    steps = np.arange(len(before), len(before) + len(there))
+    axes.plot(steps, there, lw=4, alpha=0.4, label="Keras, continued")
+    axes.plot(steps, here, lw=1.2, label="JAX, continued from the checkpoint")
+    axes.set(yscale="log", xlabel="step", ylabel="training loss", title="Digits: one run, two frameworks")
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    print(f"loss at the end: Keras {there[-1]:.6f}, JAX {here[-1]:.6f}")
+    print(f"largest relative difference: {max(abs(a / b - 1) for a, b in zip(here, there, strict=True)):.1e}")
+    print(f"both curves in {path}")
+
+
 def main() -> None:
     """Trains there, loads the checkpoint here, continues in both."""
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -61,9 +79,9 @@ def main() -> None:
         model.save(path)
         state = compat.keras.load_state(tx.init(params), path, to_params)
 
-    here = train_in_jax(params, tx, state, batches[arguments.steps :])
+    *_, here = train(make_step(tx), params, state, batches[arguments.steps :])
     there = train_in_keras(model, batches[arguments.steps :])
-    draw_continuations("Keras", before, there, here, arguments.out)
+    draw(before, there, here, arguments.out)
 
 
 if __name__ == "__main__":
