@@ -40,6 +40,8 @@ plot_html_show_formats = False
 plot_html_show_source_link = False
 plot_rcparams = {"font.size": 10, "svg.fonttype": "path"}
 
+exclude_patterns = ["api/keras_methods.md"]  # a part of api/keras.rst
+
 html_theme = "furo"
 html_title = "optax_nadam"
 html_copy_source = False

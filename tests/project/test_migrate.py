@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-PAGE = (Path(__file__).parents[2] / "docs" / "carry.md").read_text().rpartition("\n## ")[2]
+PAGE = (Path(__file__).parents[2] / "docs" / "api" / "keras_methods.md").read_text()
 METHODS = (
     *("apply_gradients", "minimize", "get_gradients", "get_config", "from_config", "get_weights", "set_weights"),
     *("get_slot", "get_slot_names", "add_slot", "variables", "iterations", "clipvalue", "clipnorm", "global_clipnorm"),
