@@ -10,7 +10,7 @@ from optax_nadam._schedules import ScheduleConfig
 from optax_nadam._state import QuantizedNadamState, ScaleByNadamState, convert_moments, get_state
 from optax_nadam._wrappers import accumulate, clip_by_global_norm
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "CompensatedState",
     "NadamConfig",
