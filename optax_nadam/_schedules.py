@@ -22,8 +22,8 @@ _NOT_A_NUMBER_OR_SCHEDULE = (
     "{name} must be a number, a scalar array, an optax.Schedule or an optax_nadam.ScheduleConfig, got {value!r}."
 )
 _NOT_DATA = (
-    "schedule {schedule!r} got {name}={value!r}; it must be {kind}. Put a number where a tensor stood; what is no such"
-    " data, such as a function of the steps, can be passed as learning_rate itself."
+    "schedule {schedule!r} got {name}={value!r}; it must be {kind}. Use numbers, not tensors. A"
+    " function of the steps can be passed as learning_rate itself."
 )
 _MOST_RESTARTS = 10_000  # of unequal cosines; the rate then stays at the last one's end
 _MOST_STEPS = 2**31  # of an optimizer's counter

@@ -164,7 +164,7 @@ TENSOR = {"class_name": "__tensor__", "config": {"value": 7.0}}
 @pytest.mark.parametrize(
     ("name", "arguments", "text"),
     [
-        ("exponential_decay", DECAY | {"decay_steps": TENSOR}, r"decay_steps=\{'class.*a number. Put a number where a"),
+        ("exponential_decay", DECAY | {"decay_steps": TENSOR}, r"decay_steps=\{'class.*a number. Use numbers"),
         ("exponential_decay", DECAY | {"decay_rate": "0.5"}, r"decay_rate='0.5'; it must be a number"),
         ("exponential_decay", DECAY | {"staircase": 1}, r"staircase=1; it must be True or False"),
         ("exponential_decay", DECAY | {"decay_rate": True}, r"decay_rate=True; it must be a number"),

@@ -24,7 +24,7 @@ import numpy as np
 from optax_nadam.compat._checkpoint import Parameter
 from optax_nadam.compat._common import as_numpy, listed
 
-_IMPOSSIBLE = "{what} must be {rule}, got {got}. The source is damaged, or is not what it is taken for."
+_IMPOSSIBLE = "{what} must be {rule}, got {got}. The source is damaged, or of another kind."
 _ORPHANS = (
     "source has state of {orphans}, but its parameters are {known}: the two belong to different optimizers, or the keys"
     " were changed when it was written. Pass what {optimizer} saved, unchanged."

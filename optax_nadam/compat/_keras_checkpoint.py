@@ -16,7 +16,7 @@ from optax_nadam.compat._keras_roles import Roles
 
 _ACCUMULATED = (
     "config is needed: the checkpoint holds accumulated gradients or averages. Pass"
-    " config=config_from(optimizer.get_config()); with use_ema, of which no step makes use,"
+    " config=config_from(optimizer.get_config()); with use_ema, which no step uses,"
     " config_from({**optimizer.get_config(), 'use_ema': False})."
 )
 _IN_THE_MIDDLE = (
@@ -28,7 +28,7 @@ _NO_BETA = (
     " a NadamConfig with rule='eps_hat'."
 )
 _NO_POWER = "the checkpoint's beta1_power={power!r} is not a power of config.b1={b1!r}."
-_NO_STEP = "the checkpoint's beta1_power has vanished and it has no global_step, so that its steps are not known."
+_NO_STEP = "the checkpoint's beta1_power has vanished and it has no global_step, so its number of steps is unknown."
 _NO_PRODUCT = (
     "source has {got:.6g} where the product of the momenta would be; after {count} steps it is {expected:.6g} with"
     " b1={config.b1} and momentum_decay={config.momentum_decay}. If it is of a Nadam with other hyperparameters, pass"

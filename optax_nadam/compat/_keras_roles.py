@@ -34,8 +34,8 @@ _TWO_OPTIMIZERS = (
     " names of one optimizer and of its weights."
 )
 _OTHER_CLASS = (
-    "source is not of a Nadam: {reason}. Only Nadams are read; a LossScaleOptimizer's own variables, not those of its"
-    " inner optimizer."
+    "source is not of a Nadam: {reason}. Pass the variables of a Nadam; of a LossScaleOptimizer its own, not"
+    " those of its inner optimizer."
 )
 _NO_ROLE = (
     "source has {names}, which are no part of a Nadam of {dialect}. Pass the variables of the optimizer, all of them"

@@ -130,8 +130,8 @@ def read(
     if isinstance(source, Checkpoint):
         if names is not None or weights is not None or request != NOTHING:
             raise ValueError(
-                "names, weights and what is said of the scheduler belong to the first read: a checkpoint that was read"
-                " has them."
+                "names, weights and arguments about the scheduler belong to the first read: this checkpoint was read"
+                " already."
             )
         return source
     found = opened(source, "optimizer")
@@ -253,7 +253,7 @@ def _bare(name: str) -> str:
 def _check_names(names: Sequence[str], expected: int) -> None:
     """Rejects names of another number, and equal ones."""
     if len(names) != expected:
-        raise ValueError(f"names must name the {expected} parameters of the checkpoint, got {len(names)} names.")
+        raise ValueError(f"names must be the names of the {expected} parameters of the checkpoint, got {len(names)}.")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"names must differ, got {', '.join(twice)} more than once.")

@@ -438,7 +438,7 @@ def test_fresh_checkpoint():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"names": ["a", "b"]}, r"names must name the 4 parameters of the checkpoint, got 2 names"),
+        ({"names": ["a", "b"]}, r"names must be the names of the 4 parameters of the checkpoint, got 2"),
         ({"names": ["a", "a", "b", "b"]}, r"names must differ, got a, b more than once"),
         ({"mismatch": "smallest"}, r"mismatch must be one of 'raise', 'largest', got 'smallest'"),
         ({"names": ["kernel", "conv", "bias", "scale"]}, r"at place 0 they are 'kernel' and 'conv'. Leave names out"),
