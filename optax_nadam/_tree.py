@@ -10,7 +10,7 @@ _Kind = type | tuple[type, ...]
 
 _NOT_ONE = (
     "{name} must hold one {kind}, but holds {number}. Pass what init or update of the optimizer returned, or the part"
-    " of it that holds one."
+    " of it that holds one; with nnx the nnx.Optimizer, not its nnx.state."
 )
 
 

@@ -31,8 +31,8 @@ _NO_CONFIG = (
     " tells (get_config() of Keras, param_groups of torch)."
 )
 _NO_WEIGHTS = (
-    "{source} does not tell which of its weights are trainable, and in which order. Load the model with its framework,"
-    " and take the trainable parameters of it."
+    "{source} does not tell which of its weights are trainable, and in which order. For a checkpoint of torch, pass"
+    " names to read; otherwise load the model with its framework, and take its trainable parameters."
 )
 
 
@@ -80,6 +80,7 @@ class Checkpoint:
       parameters: for each parameter, by name or else by position, the steps and the moments; None where it took no
         step.
       groups: its parameter groups.
+      weights: the model's trainable weights, as ``to_params`` takes them, where the checkpoint has them.
       learning_rate: the current one, where it is stored apart from the hyperparameters.
       notes: what such a checkpoint does not tell.
     """

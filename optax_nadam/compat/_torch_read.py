@@ -36,6 +36,12 @@ _ALPHABETICAL = (
     " one group after another (the Trainer of transformers has those that decay first). If the alphabetical order is"
     " the optimizer's, leave names out: to_params then gets a list."
 )
+_INSIDE_FIRST = (
+    "names have {inside!r} before {own!r}, but model.named_parameters() has the parameters of a module before those of"
+    " the modules inside it; trainer.get_decay_parameter_names has not. Of two groups, with and without decay, pass"
+    " sorted((n for n, _ in model.named_parameters()), key=lambda n: n not in decay). If this order is the optimizer's,"
+    " leave names out: to_params then gets a list."
+)
 _OTHER_SHAPE = (
     "the moments of {label!r} have shape {got}, but its weights {expected}: names are not in the order of the"
     " optimizer's parameters (group after group), or weights are of another model."
@@ -65,6 +71,7 @@ _NO_STATE_OF_SCHEDULER = (
 )
 _IGNORED = "{keys}=1.0 is ignored: the groups are those of {optimizer}, which has no product of momenta."
 _CLIP = "the Trainer clips by global norm, max_grad_norm=1.0 by default: optax_nadam.clip_by_global_norm"
+_LOSS = "the loss (the Trainer divides its sum by the number of labels that are not -100, before they are shifted)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +182,7 @@ def _checkpoint(
 ) -> Checkpoint:
     """The record, with the schedule where there is one."""
     version = ", ".join(filter(None, (layout.version, found.version)))
-    notes = ("gradient clipping" + (f" ({_CLIP})" if "Trainer" in found.version else ""),)
+    notes = (f"gradient clipping ({_CLIP})", _LOSS) if "Trainer" in found.version else ("gradient clipping",)
     parts = (layout.optimizer, version, parameters, tuple(groups), layout.parse, weights)
     checkpoint = Checkpoint(*parts, notes=notes)
     try:
@@ -227,7 +234,11 @@ def labels_of(groups: Sequence[Mapping[str, Any]], names: Sequence[str] | None) 
     if names is None:
         return stored or list(range(len(ids))), ids
     _check_names(names, len(ids))
-    _check_order(names)
+    if not stored:
+        _check_order(names)
+        rest = iter(names)
+        for group in groups:
+            _check_modules(itertools.islice(rest, len(group["params"])))
     for index, (given, name) in enumerate(zip(names, stored or names, strict=True)):
         if _bare(given) != _bare(name):
             raise ValueError(_OTHER_NAMES.format(index=index, given=given, stored=name))
@@ -253,7 +264,10 @@ def _bare(name: str) -> str:
 def _check_names(names: Sequence[str], expected: int) -> None:
     """Rejects names of another number, and equal ones."""
     if len(names) != expected:
-        raise ValueError(f"names must be the names of the {expected} parameters of the checkpoint, got {len(names)}.")
+        raise ValueError(
+            f"names must be the names of the {expected} parameters of the checkpoint, got {len(names)}."
+            " model.named_parameters() has them, tied ones once."
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"names must differ, got {', '.join(twice)} more than once.")
@@ -265,6 +279,18 @@ def _check_order(names: Sequence[str]) -> None:
         for first, second in itertools.pairwise(names):
             if _natural(first) > _natural(second) or _bias_and_weight(first, second):
                 raise ValueError(_ALPHABETICAL.format(first=first, second=second))
+
+
+def _check_modules(names: Iterable[str]) -> None:
+    """Rejects, in a group, a parameter of a module after one of a module inside it."""
+    inside: dict[str, str] = {}  # by the modules around it
+    for name in names:
+        module = name.rpartition(".")[0]
+        if module in inside:
+            raise ValueError(_INSIDE_FIRST.format(inside=inside[module], own=name))
+        while module:
+            module = module.rpartition(".")[0]
+            inside.setdefault(module, name)
 
 
 def _natural(name: str) -> list[Any]:

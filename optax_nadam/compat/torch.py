@@ -354,8 +354,8 @@ def load_state(
 
     So it continues from ``Adam`` and ``AdamW`` with the rule ``adam``. Hyperparameters are not read: build the
     optimizer with :func:`from_groups`, :func:`config_from` or a constructor first. Where it has several Nadams
-    (``optax.partition``), each gets the steps and moments of its own leaves. "Every checkpoint" in the documentation
-    tells what to pass for which kind of file.
+    (``optax.partition``), each gets the steps and moments of its own leaves. "Carrying a run over" in the
+    documentation tells what to pass for which kind of file.
 
     Args:
       opt_state: the state that ``tx.init(params)`` made; it is not changed. The Nadam may be anywhere inside.
@@ -367,8 +367,9 @@ def load_state(
       config: the hyperparameters of the optimizer that continues, from which a product of the momenta that ``source``
         does not store is computed; None for those of the checkpoint's own groups.
       names: names of the parameters in the optimizer's order, one group after another:
-        ``[n for n, _ in model.named_parameters()]`` where it was made of ``model.parameters()``. None takes those of
-        the checkpoint, which has them where the optimizer was made of ``model.named_parameters()``.
+        ``[n for n, _ in model.named_parameters()]`` where it was made of ``model.parameters()``. In a group the
+        parameters of a module come before those of the modules inside it. None takes the names of the checkpoint, which
+        has them where the optimizer was made of ``model.named_parameters()``.
       weights: the model's own arrays, as ``to_params`` takes them, whose shapes are compared with those of the
         moments, and serve for what has no moments yet.
       mismatch: ``"raise"``, or ``"largest"`` to continue from the largest step and its product of momenta, where

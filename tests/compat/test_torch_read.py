@@ -97,6 +97,23 @@ def test_alphabetical_order(names):
         load(UNNAMED, names=names)
 
 
+@pytest.mark.parametrize(
+    "names", [["a.weight", "c.weight", "pos", "c.bias"], ["x.y.z.w", "x.y.w", "b", "x.w"], ["x.y.w", "a", "x.w", "z.w"]]
+)
+def test_a_module_after_one_inside(names):
+    own = next(name for name in names if name in ("pos", "x.y.w", "a") and name != names[0])
+    with pytest.raises(ValueError, match=rf"have '{names[0]}' before '{own}'.*sorted\(.*leave names out"):
+        load(UNNAMED, names=names)
+
+
+def test_order_is_by_group():
+    two = {**UNNAMED, "param_groups": [{**UNNAMED["param_groups"][0], "params": ids} for ids in ([0, 1], [2, 3])]}
+    names = ["pos", "a.weight", "b", "a.bias"]
+    assert compat.torch.read(two, names=names).names == names
+    with pytest.raises(ValueError, match="have 'a.weight' before 'b'"):
+        compat.torch.read(UNNAMED, names=names)
+
+
 def test_names_in_both_orders():
     names = ["0.w", "1.w", "2.w", "x.w"]
     state = load(UNNAMED, lambda w: to_params(dict(zip(NAMES, w.values(), strict=True))), names=names)

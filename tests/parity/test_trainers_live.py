@@ -118,6 +118,37 @@ def trainer(tmp_path_factory) -> Path:
     return path
 
 
+class Tied(torch.nn.Module):
+    """A parameter of its own beside modules, and a head tied to an embedding."""
+
+    def __init__(self) -> None:
+        """All decayed weights of one shape."""
+        super().__init__()
+        self.embed, self.body, self.head = torch.nn.Embedding(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        self.pos = torch.nn.Parameter(torch.zeros(4, 4))
+        self.head.weight = self.embed.weight
+
+
+def test_names_of_the_trainer(tmp_path):
+    model = Tied()
+    optimizer = (torch.optim.NAdam, {"lr": LR, "decoupled_weight_decay": True})
+    arguments = transformers.TrainingArguments(str(tmp_path), weight_decay=0.1, report_to=[], use_cpu=True)
+    trainer = transformers.Trainer(model, arguments, optimizer_cls_and_kwargs=optimizer)
+    groups = trainer.create_optimizer().param_groups
+    listed, by_id = trainer.get_decay_parameter_names(model), {id(p): n for n, p in model.named_parameters()}
+    # As docs/carry.md has it.
+    names = sorted((n for n, _ in model.named_parameters()), key=lambda n: n not in set(listed))
+    assert names == [by_id[id(p)] for group in groups for p in group["params"]]
+
+    source = trainer.optimizer.state_dict()
+    assert compat.torch.read(source, names=names).names == names
+    rest = [name for name in names if name not in listed]
+    with pytest.raises(ValueError, match=r"got 6.*tied ones once"):
+        compat.torch.read(source, names=[*listed, *rest])
+    with pytest.raises(ValueError, match="have 'embed.weight' before 'pos'"):
+        compat.torch.read(source, names=[*(n for n in listed if n != "head.weight"), *rest])
+
+
 def test_trainer_into_linen(trainer):
     path, names = trainer / f"checkpoint-{HALF}", DECAYED + [name for name in NAMES if name not in DECAYED]
     source = compat.torch.read(path, names=names, lr_scheduler_type="linear", num_warmup_steps=2)
