@@ -117,14 +117,6 @@ def test_named_lengths():
     assert 5.5 < plots.step_lengths(False, rule="loss_scaled", momentum_decay=1.0)[-1] < 6
 
 
-def test_named_levels():
-    def level(mu, b1=0.9):
-        return ((1 - mu * b1) ** 2 + (mu * b1) ** 2 * (1 - b1) / (1 + b1)) ** 0.5
-
-    assert named_on("maths.md", [rf"{level(0.9):.2f} for $\mu = 0.9$ and {level(0.45):.2f} for $\mu = 0.45$"]) == []
-    np.testing.assert_allclose(plots.step_lengths(True, momentum_decay=1.0)[500:1500].mean(), level(0.9), rtol=0.02)
-
-
 def test_named_error():
     log = np.log(0.999)
     exact = -np.expm1(log)
