@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpt2            five formats, a thousand steps each: minutes on an H100
     python -m benchmarks.gpt2 --seeds 3 --minutes 8    no seed is begun that would end later
-    python -m benchmarks.gpt2 --quick    a tiny model, two formats, twenty steps; writes nothing
+    python -m benchmarks.gpt2 --quick    a tiny model, two formats, ten steps; writes nothing
     python -m benchmarks.gpt2 --draw     draws the picture from the last result again
 
 Needs jax and optax alone; without matplotlib there is no picture. The result so far is written after each format.
@@ -107,7 +107,7 @@ class Run(NamedTuple):
 
 
 FULL = Setting(Sizes(768, 12, 12, 512), 25_088, 48_000_000, steps=1000, batch=16, chunk=50)
-QUICK = Setting(Sizes(64, 4, 2, 32), 512, 200_000, steps=20, batch=4, chunk=10)
+QUICK = Setting(Sizes(32, 2, 1, 16), 512, 200_000, steps=10, batch=4, chunk=5)
 
 
 def nadamw(moments: DTypeLike | None = None) -> Maker:

@@ -31,8 +31,8 @@ _NO_CONFIG = (
     " tells (get_config() of Keras, param_groups of torch)."
 )
 _NO_WEIGHTS = (
-    "{source} does not tell which of its weights are trainable, and in which order. For a checkpoint of torch, pass"
-    " names to read; otherwise load the model with its framework, and take its trainable parameters."
+    "{source} does not tell which of its weights are trainable, and in which order. Load the model with its framework,"
+    " and take its trainable parameters; for a directory that torch has written, pass names to read."
 )
 
 
@@ -266,7 +266,7 @@ class Checkpoint:
             *([("", f"and {len(self.groups) - 4} more groups")] if len(self.groups) > 4 else []),
             ("learning rate", self._learning_rate()),
             ("product", self._product()),
-            ("weights", "in the checkpoint" if self.stored_weights is not None else "not in the checkpoint"),
+            ("weights", "in the checkpoint" if self.stored_weights is not None else "not read: take the model's"),
             *[("not stored", note) for note in self.notes],
         ]
 

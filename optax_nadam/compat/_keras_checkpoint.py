@@ -62,7 +62,7 @@ VERSIONS = {
     "tf_keras": "tf_keras, TensorFlow from 2.11",
     "legacy": "TensorFlow up to 2.10, tf_keras legacy, Keras 2",
 }
-_NOTE = "exclude_from_weight_decay, constraints of weights, repeated ids of an Embedding"
+_NOTE = "exclude_from_weight_decay (pass mask= to build), constraints, repeated ids of an Embedding"
 _DECAYS = {"keras": 1.0, "tf_keras": 1.0, "legacy": 0.004}
 _Parse = Callable[[Mapping[str, Any], Any], NadamConfig]
 

@@ -30,6 +30,7 @@ _SLOT = "{weight}/.OPTIMIZER_SLOT/optimizer/{slot}"
 
 _NO_SOURCE = (
     "source must be a path, a list of arrays or variables, or a mapping of names to arrays or mappings, got {source!r}."
+    " Of a model, pass model.optimizer.variables."
 )
 _NO_CHECKPOINT = (
     "{path} is a directory without a known checkpoint: it must contain latest.weights.h5, saved_model.pb or checkpoint,"

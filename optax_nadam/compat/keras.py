@@ -595,8 +595,8 @@ def read(source: Any, *, config: NadamConfig | None = None, dialect: str | None 
       group 0       1 parameter, 1 numbers; hyperparameters not stored
       learning rate no schedule stored
       product       0.4501, stored
-      weights       not in the checkpoint
-      not stored    exclude_from_weight_decay, constraints of weights, repeated ids of an Embedding
+      weights       not read: take the model's
+      not stored    exclude_from_weight_decay (pass mask= to build), constraints, repeated ids of an Embedding
       not stored    clips (clipnorm and the others)
     """
     return _read(source, config=config, dialect=dialect)

@@ -265,7 +265,7 @@ def read(
       group 0       1 parameter, 6 numbers; lr=0.01, weight_decay=0.0, betas=(0.9, 0.999)
       learning rate no schedule stored
       product       0.09, stored
-      weights       not in the checkpoint
+      weights       not read: take the model's
       not stored    gradient clipping
       >>> found.config.learning_rate
       0.01

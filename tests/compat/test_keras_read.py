@@ -296,7 +296,7 @@ def test_equal_names(dialect):
 
 def test_lists_have_no_weights():
     with pytest.raises(
-        ValueError, match=r"does not tell which of its weights are trainable.*take the trainable parameters"
+        ValueError, match=r"does not tell which of its weights are trainable.*take its trainable parameters"
     ):
         keras.read_weights(LAYOUTS["legacy"][0])
 
