@@ -224,7 +224,7 @@ def run(setting: Setting, form: Format, text: Text, seed: int) -> Run:
         seconds.append(time.perf_counter() - started)
     weights = params
     if isinstance(state, optax_nadam.CompensatedState):
-        weights = optax_nadam.master_params(state, params)
+        weights = jax.jit(optax_nadam.master_params)(state, params)
     tokens = setting.chunk * setting.batch * setting.sizes.context
     speed = tokens / float(np.median(seconds[1:] or seconds))
     return Run(np.concatenate(curve), held_out_loss(setting, weights, text), speed, size_of(program), peak())
