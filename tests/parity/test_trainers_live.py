@@ -152,6 +152,8 @@ def test_names_of_the_trainer(tmp_path):
 def test_trainer_into_linen(trainer):
     path, names = trainer / f"checkpoint-{HALF}", DECAYED + [name for name in NAMES if name not in DECAYED]
     source = compat.torch.read(path, names=names, lr_scheduler_type="linear", num_warmup_steps=2)
+    assert "clips by global norm" in str(source)
+    assert "the loss (" in str(source)
     params = to_params(source.weights)
     tx = optax.chain(clip_by_global_norm(1.0), compat.torch.from_groups(source, to_params))
     state = compat.torch.load_state(tx.init(params), source, to_params)
