@@ -3,7 +3,7 @@
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ class Opened(NamedTuple):
       steps: the number of steps that the run was to take, where the source tells it.
       weights: the model's weights by name, where they are beside.
       version: what wrote it, where that shows.
+      logged: steps with the learning rates that were logged at them.
     """
 
     optimizer: Mapping[str, Any]
@@ -44,6 +45,7 @@ class Opened(NamedTuple):
     steps: int | None = None
     weights: Mapping[str, Any] | None = None
     version: str = ""
+    logged: Sequence[tuple[int, float]] = ()
 
 
 def opened(source: Any, optimizer: str) -> Opened:
@@ -81,11 +83,13 @@ def _directory(path: Path, optimizer: str) -> Opened:
         raise ValueError(_SEVERAL.format(where=path, count=len(files), example=repr(str(files[1]))))
     scheduler, state = path / f"scheduler{files[0].suffix}", path / "trainer_state.json"
     progress = json.loads(state.read_text()) if state.exists() else {}
+    log = progress.get("log_history", ()) if isinstance(progress, Mapping) else ()
     return opened(_load(files[0]), optimizer)._replace(
         scheduler=_load(scheduler) if scheduler.exists() else None,
         steps=progress.get("max_steps") if isinstance(progress, Mapping) else None,
         weights=_safetensors(path / "model.safetensors"),
         version=_WRITERS[files[0].suffix],
+        logged=[(entry["step"], entry["learning_rate"]) for entry in log if {"step", "learning_rate"} <= set(entry)],
     )
 
 

@@ -20,7 +20,7 @@ from optax_nadam.compat._checkpoint import Checkpoint, Group, Label, Parameter
 from optax_nadam.compat._common import as_numpy, check_keys, listed, without
 from optax_nadam.compat._match import PREFIXES
 from optax_nadam.compat._torch_files import Opened, opened
-from optax_nadam.compat._torch_schedules import schedules_of
+from optax_nadam.compat._torch_schedules import check_log, schedules_of
 
 _MISSING = (
     "state of parameter {label!r} lacks {missing}: it was not written by {optimizer}. compat.torch reads NAdam, Adam"
@@ -210,7 +210,9 @@ def _schedules(checkpoint: Checkpoint, found: Opened, request: Request) -> Seque
     arguments = dict(request.arguments)
     if request.lr_scheduler_type is not None and found.steps is not None:
         arguments.setdefault("num_training_steps", found.steps)
-    return schedules_of(scheduler, options, count, request.steps_per_epoch, request.lr_scheduler_type, arguments)
+    schedules = schedules_of(scheduler, options, count, request.steps_per_epoch, request.lr_scheduler_type, arguments)
+    check_log(schedules[0], found.logged)
+    return schedules
 
 
 def _given(request: Request) -> list[str]:

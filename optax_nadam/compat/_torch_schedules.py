@@ -51,6 +51,10 @@ _ACCOUNT = (
     " {computed}. Its type or an argument is not the run's, or the rate was changed by hand: correct it, or "
     + _FUNCTION
 )
+_LOGGED = (
+    "the schedule gives the learning rate {computed} at step {step}, but trainer_state.json has {rate}: its type or an"
+    " argument is not the run's, or the rate was changed by hand. Correct it, or " + _FUNCTION
+)
 _GROUP_RATE = (
     "param_groups[{group}] has lr {lr}, but scheduler_state stores {stored} as the last: they are of different"
     " moments, or the rate was changed by hand. Pass both from one checkpoint, or " + _FUNCTION
@@ -201,6 +205,15 @@ def _check_account(
         lr = stored if group is None else as_number(group.get("lr", stored))
         if not math.isclose(lr, stored, rel_tol=1e-5, abs_tol=1e-6 * abs(base)):
             raise ValueError(_GROUP_RATE.format(group=i, lr=lr, stored=stored))
+
+
+def check_log(schedule: ScheduleConfig, logged: Sequence[tuple[int, float]]) -> None:
+    """Rejects a schedule that does not give the rates that were logged before or after the scheduler's step."""
+    for step, rate in logged[:: 1 + len(logged) // 20]:
+        computed = [_value(schedule, count) for count in (step - 1, step)]
+        largest = max(rate for _, rate in logged)
+        if not any(math.isclose(x, rate, rel_tol=1e-5, abs_tol=1e-6 * largest) for x in computed):
+            raise ValueError(_LOGGED.format(computed=computed[0], step=step, rate=rate))
 
 
 def _value(schedule: ScheduleConfig, count: int) -> float:

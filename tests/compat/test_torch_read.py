@@ -110,7 +110,7 @@ def test_order_is_by_group():
     two = {**UNNAMED, "param_groups": [{**UNNAMED["param_groups"][0], "params": ids} for ids in ([0, 1], [2, 3])]}
     names = ["pos", "a.weight", "b", "a.bias"]
     assert compat.torch.read(two, names=names).names == names
-    with pytest.raises(ValueError, match="have 'a.weight' before 'b'"):
+    with pytest.raises(ValueError, match=r"have 'a\.weight' before 'b'"):
         compat.torch.read(UNNAMED, names=names)
 
 

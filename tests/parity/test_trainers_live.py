@@ -118,6 +118,23 @@ def trainer(tmp_path_factory) -> Path:
     return path
 
 
+def test_schedule_of_the_log(tmp_path):
+    """Half-way a linear decay and a cosine meet; what was logged before tells them apart."""
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=2 * HALF, save_steps=HALF, learning_rate=LR, lr_scheduler_type="cosine",
+        logging_steps=3, save_strategy="steps", report_to=[], disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    data = [{"x": torch.tensor(x), "labels": torch.tensor(y)} for x, y in zip(X, Y, strict=True)]
+    optimizer = (torch.optim.NAdam, {"lr": LR, "decoupled_weight_decay": True})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.Trainer(Net(), arguments, train_dataset=data, optimizer_cls_and_kwargs=optimizer).train()
+    path = tmp_path / f"checkpoint-{HALF}"
+    compat.torch.read(path, lr_scheduler_type="cosine", num_warmup_steps=0)
+    with pytest.raises(ValueError, match=r"gives the learning rate .* at step 3, but trainer_state.json has"):
+        compat.torch.read(path, lr_scheduler_type="linear", num_warmup_steps=0)
+
+
 class Tied(torch.nn.Module):
     """A parameter of its own beside modules, and a head tied to an embedding."""
 
@@ -145,7 +162,7 @@ def test_names_of_the_trainer(tmp_path):
     rest = [name for name in names if name not in listed]
     with pytest.raises(ValueError, match=r"got 6.*tied ones once"):
         compat.torch.read(source, names=[*listed, *rest])
-    with pytest.raises(ValueError, match="have 'embed.weight' before 'pos'"):
+    with pytest.raises(ValueError, match=r"have 'embed\.weight' before 'pos'"):
         compat.torch.read(source, names=[*(n for n in listed if n != "head.weight"), *rest])
 
 
