@@ -85,7 +85,7 @@ def assert_laid_out(mesh, *trees):
 @pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_moments(axes, compile):
     """Sharded like the params from the start, and after a step; of real, narrow and complex ones."""
-    dtypes = zip(SPECS, itertools.cycle(["float16", "float32", "complex64"]))  # noqa: B905  # cycle has no end
+    dtypes = zip(SPECS, itertools.cycle(["float16", "float32", "complex64"]))  # which has no end
     with mesh_of(axes) as mesh:
         tx, params = nadamw(), laid_out({name: np.ones((16, 24), dtype) for name, dtype in dtypes}, mesh)
         state = compile(tx.init)(params)
@@ -114,7 +114,7 @@ def test_accumulated_mean(axes):
 def test_sharded_steps(rng, axes):
     """The steps of all rules, in one program; one on all leaves, the others, which differ in scalars, on one."""
     optimizers = {name: nadamw(1e-2, rule=rule) for name, rule in RULES.items()}
-    leaves = dict.fromkeys(RULES, ["both"]) | {"scheduled": [*SPECS]}
+    leaves = {rule: [*SPECS] if rule == "scheduled" else ["both"] for rule in RULES}
     steps = {rule: make_step(tx) for rule, tx in optimizers.items()}
 
     def of(rule, tree):
@@ -218,8 +218,8 @@ def test_own_states(rng, m_dtype):
 @pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
 def test_narrow_formats(rng):
     """Whichever axes are split, also those of rows: codes like the params, scales as their axis."""
-    specs = enumerate(SPECS.keys() - {"whole"}, start=1)
-    tree = {name: rng.standard_normal((16, 64 * n)).astype(jnp.bfloat16) for n, name in specs}
+    names = [name for name in SPECS if name != "whole"]
+    tree = {name: rng.standard_normal((16, 64 * n)).astype(jnp.bfloat16) for n, name in enumerate(names, start=1)}
     formats = {name: "bfloat16" if name == "rows" else "int8" for name in tree}
     tx = compensated(nadamw(1e-2, m_dtype=formats, v_dtype=formats))
 
