@@ -154,9 +154,13 @@ def present_run(steps: int, seed: int) -> Present:
 
 def next_rate(state: Any, start: Present) -> float:
     """The learning rate of the next step: how much longer it is than one at a learning rate of one."""
-    grads = params = start.ours.params
-    updates = [tx.update(grads, state, params)[0] for tx in (start.tx, ours_of(lambda count: 1.0))]
-    return float(optax.tree.norm(updates[0]) / optax.tree.norm(updates[1]))
+
+    @jax.jit
+    def lengths(state: Any, params: Any) -> list[jax.Array]:
+        return [optax.tree.norm(tx.update(params, state, params)[0]) for tx in (start.tx, ours_of(lambda count: 1.0))]
+
+    ours, of_one = lengths(state, start.ours.params)
+    return float(ours / of_one)
 
 
 def part_b(start: Present, out: Path) -> dict[str, float]:

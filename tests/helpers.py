@@ -17,8 +17,13 @@ NANS = np.array([0x7FC00000, 0xFFC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F810000], np
 
 def run(tx, grads):
     """The last state and all updates, of gradients with a leading axis of steps."""
-    first = jax.tree.map(operator.itemgetter(0), grads)
-    return jax.lax.scan(lambda state, g: tx.update(g, state)[::-1], tx.init(first), grads)
+
+    @jax.jit  # what is computed outside is compiled operation by operation, each of which takes as long as a small step
+    def steps(grads):
+        first = jax.tree.map(operator.itemgetter(0), grads)
+        return jax.lax.scan(lambda state, g: tx.update(g, state)[::-1], tx.init(first), grads)
+
+    return steps(grads)
 
 
 def descend(tx, params, grads):
@@ -30,7 +35,7 @@ def descend(tx, params, grads):
         params = optax.apply_updates(params, updates)
         return (params, state), params
 
-    return jax.lax.scan(step, (params, tx.init(params)), grads)
+    return jax.jit(lambda params, grads: jax.lax.scan(step, (params, tx.init(params)), grads))(params, grads)
 
 
 def relative_error(got, expected, axis=None):

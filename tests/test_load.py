@@ -32,18 +32,24 @@ FORMATS = [None, "bfloat16", "int8"]
 
 def stepped(tx, params, steps=5):
     """The state after as many steps."""
-    return jax.lax.fori_loop(0, steps, lambda _, state: tx.update(params, state, params)[1], tx.init(params))
+
+    @jax.jit
+    def run(params):
+        return jax.lax.fori_loop(0, steps, lambda _, state: tx.update(params, state, params)[1], tx.init(params))
+
+    return run(params)
 
 
 @pytest.fixture
 def params(rng):
     return {
-        "embed": jnp.asarray(rng.normal(size=(40, 64)), jnp.float32),
-        "blocks": [{"kernel": jnp.asarray(rng.normal(size=(3, 40, 32)), jnp.float32), "bias": jnp.ones(3)}, None],
-        "z": jnp.full(3, 1 + 2j, jnp.complex64),
+        "embed": rng.normal(size=(40, 64)).astype(np.float32),
+        "blocks": [{"kernel": rng.normal(size=(3, 40, 32)).astype(np.float32), "bias": np.ones(3, np.float32)}, None],
+        "z": np.full(3, 1 + 2j, np.complex64),
     }
 
 
+@jax.jit
 def numbers(opt_state):
     return get_state(convert_moments(opt_state, m_dtype=None, v_dtype=None))
 
@@ -67,7 +73,7 @@ SEQUENCES: dict[str, Any] = {"lists": list, "dicts": lambda children: {str(i): x
 def test_set_state_copies(params, dtype):
     """What is donated afterwards is not the state that it was made of, and arrays of NumPy become JAX's."""
     tx = nadam(m_dtype=dtype, v_dtype=dtype)
-    state, fresh = stepped(tx, params), tx.init(params)
+    state, fresh = stepped(tx, params), jax.jit(tx.init)(params)
     for source in (state, jax.device_get(state)):
         loaded = set_state(fresh, source)
         for x in jax.tree.leaves(loaded):
@@ -81,7 +87,7 @@ def test_set_state_copies(params, dtype):
 def test_set_state(params, of, to):
     """A record, an optimizer state and what was restored of it are one; the count sets all schedules."""
     old, new = nadam(m_dtype=of, v_dtype=of), nadamw(optax.linear_schedule(0.1, 0.0, 100), m_dtype=to, v_dtype=to)
-    state, fresh = stepped(old, params), new.init(params)
+    state, fresh = stepped(old, params), jax.jit(new.init)(params)
     loaded = set_state(fresh, get_state(state))
     for same in (state, *(as_restored(state, sequence) for sequence in SEQUENCES.values())):
         chex.assert_trees_all_equal(set_state(fresh, same), loaded)
@@ -92,16 +98,16 @@ def test_set_state(params, of, to):
     if to in (None, of):
         chex.assert_trees_all_equal((got, get_state(loaded)), (expected, get_state(loaded) if to is None else state[0]))
     tolerance = {None: 0.0, "bfloat16": 2.0**-7, "int8": 4.1 / 127}[to]
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+    for x, y in zip(*map(jax.tree.leaves, jax.device_get((got, expected))), strict=True):
         assert np.max(np.abs(x - y)) <= tolerance * np.max(np.abs(y))
 
 
 def test_set_state_masked(params):
     mask = {"embed": True, "blocks": False, "z": False}
     tx, plain = optax.masked(nadam(m_dtype="int8"), mask), nadam(m_dtype="int8")
-    state = stepped(tx, params)
-    chex.assert_trees_all_equal(set_state(tx.init(params), state), state)
-    chex.assert_trees_all_equal(set_state(tx.init(params), as_restored(state, list)), state)
+    state, fresh = stepped(tx, params), jax.jit(tx.init)(params)
+    chex.assert_trees_all_equal(set_state(fresh, state), state)
+    chex.assert_trees_all_equal(set_state(fresh, as_restored(state, list)), state)
     chex.assert_trees_all_equal(
         get_state(set_state(plain.init({"embed": params["embed"]}), as_restored(state, list))).scales,
         get_state(state).scales,
@@ -117,15 +123,16 @@ def test_grown(params, dtype):
 
     def grown(moments, mode):
         kwargs: Any = {"mode": mode}
-        embed, head = jnp.pad(moments["embed"], ((0, 8), (0, 0)), **kwargs), jnp.pad(moments["head"], ((0, 0), (0, 8)))
-        return {"embed": embed, "head": head, "new": jnp.zeros((32, 32))}
+        embed, head = np.pad(moments["embed"], ((0, 8), (0, 0)), **kwargs), np.pad(moments["head"], ((0, 0), (0, 8)))
+        return {"embed": embed, "head": head, "new": np.zeros((32, 32), np.float32)}
 
     m, v = grown(old.m, "constant"), grown(old.v, "mean")
-    larger = {"embed": jnp.ones((48, 64)), "head": jnp.ones((64, 48)), "new": jnp.ones((32, 32))}
-    loaded = set_state(tx.init(larger), old._replace(m=m, v=v))
+    larger = {"embed": (48, 64), "head": (64, 48), "new": (32, 32)}
+    fresh = jax.jit(tx.init)({name: np.ones(shape, np.float32) for name, shape in larger.items()})
+    loaded = jax.jit(lambda m, v: set_state(fresh, old._replace(m=m, v=v)))(m, v)
     after = get_state(loaded)
     assert (after.count, after.mu_product) == (old.count, old.mu_product)
-    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, tx.init(larger))
+    chex.assert_trees_all_equal_shapes_and_dtypes(loaded, fresh)
     got = numbers(loaded)
     for name, rows, columns in (("embed", 40, 64), ("head", 64, 40)):
         for new, before in ((got.m, old.m), (got.v, old.v)):
@@ -134,12 +141,13 @@ def test_grown(params, dtype):
 
 def test_average_of_states(params):
     """Unbiased: the mean over 256 equal rows is the mean of the states."""
-    tx, m = scale_by_nadam(m_dtype="int8", v_dtype="int8"), jnp.tile(params["embed"][:1], (256, 1))
+    tx, m = scale_by_nadam(m_dtype="int8", v_dtype="int8"), np.tile(params["embed"][:1], (256, 1))
     states = [numbers(stepped(tx, {"w": scale * m})) for scale in (1.0, 0.4)]
-    mean = jax.tree.map(lambda x, y: ((x + y) / 2).astype(x.dtype), *states)
-    got = numbers(set_state(tx.init({"w": m}), mean))
+    mean = jax.tree.map(lambda x, y: ((x + y) / 2).astype(x.dtype), *jax.device_get(states))
+    set_moments = jax.jit(lambda m, v: set_state(tx.init({"w": v["w"]}), mean._replace(m=m, v=v)))
+    got = numbers(set_moments(mean.m, mean.v))
     for x, y in ((got.m["w"], mean.m["w"]), (got.v["w"], mean.v["w"])):
-        error = np.mean(x - y, axis=0) / np.max(y, axis=0)
+        error = np.mean(np.asarray(x) - y, axis=0) / np.max(y, axis=0)
         assert np.max(np.abs(error)) < 5 * (2 / 127) / 16
 
 

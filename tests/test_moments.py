@@ -29,6 +29,7 @@ NARROW: Any = {name: {"m_dtype": name, "v_dtype": name} for name in ("bfloat16",
 every_format = pytest.mark.parametrize("narrow", NARROW.values(), ids=NARROW)
 
 
+@jax.jit
 def numbers(state):
     return convert_moments(state, m_dtype=None, v_dtype=None)
 
@@ -37,16 +38,16 @@ def numbers(state):
 @pytest.mark.parametrize("rule", ["scheduled", "dozat2016"])
 def test_v_decays(rule, narrow, rtol):
     """Rounded to the nearest, v would stay at .196 in bfloat16."""
-    grads = jnp.repeat(jnp.asarray([1, 0], jnp.bfloat16), np.array([200, 2000]))
-    tx, leaf = scale_by_nadam(rule=rule, **narrow), jnp.zeros((64, 64), jnp.bfloat16)
-    state, _ = jax.lax.scan(lambda s, g: (tx.update(leaf + g, s)[1], None), tx.init(leaf), grads)
-    state = numbers(state)
-    np.testing.assert_allclose(np.mean(state.v.astype(float)), (1 - 0.999**200) * 0.999**2000, rtol=rtol)
+    grads = np.repeat(np.array([1, 0], jnp.bfloat16), [200, 2000])
+    tx, leaf = scale_by_nadam(rule=rule, **narrow), np.zeros((64, 64), jnp.bfloat16)
+    step = jax.jit(lambda state, grads: jax.lax.scan(lambda s, g: (tx.update(leaf + g, s)[1], None), state, grads)[0])
+    state = numbers(step(tx.init(leaf), grads))
+    np.testing.assert_allclose(np.mean(np.asarray(state.v, float)), (1 - 0.999**200) * 0.999**2000, rtol=rtol)
     assert np.max(np.abs(state.m)) < 1e-30
 
 
 @every_format
-@pytest.mark.parametrize("rule", ["scheduled", "dozat2016", "loss_scaled", "eps_hat"])
+@pytest.mark.parametrize("rule", ["scheduled", "dozat2016"])
 def test_updates_unbiased(rng, rule, narrow):
     """Over 4096 equal elements the rounding errors average out; in each they are a few hundredths."""
     g = rng.normal(size=300).astype(np.float32)
@@ -62,8 +63,8 @@ def test_updates_unbiased(rng, rule, narrow):
 
 def test_bits_of_their_own():
     """Equal moments are rounded by random bits of their own, in leaves of one shape too."""
-    tx, g = scale_by_nadam(b1=0.3, b2=0.3, **NARROW["bfloat16"]), [jnp.ones((32, 64))] * 2
-    _, state = tx.update(g, tx.init(g))
+    tx, g = scale_by_nadam(b1=0.3, b2=0.3, **NARROW["bfloat16"]), [np.ones((32, 64), np.float32)] * 2
+    _, state = jax.jit(lambda g: tx.update(g, tx.init(g)))(g)
     moments = [np.ravel(x).astype(float) for x in jax.tree.leaves((state.m, state.v))]
     assert [len(np.unique(x)) for x in moments] == [2, 2, 2, 2]
     assert np.max(np.abs(np.corrcoef(moments) - np.eye(4))) < 5 / np.sqrt(32 * 64)
@@ -112,13 +113,10 @@ def test_least_v():
     reference, tx = Nadam(), scale_by_nadam(**NARROW["int8"])
     falling = (reference.b1 / reference.b2) ** np.arange(2000.0)[::-1, None]  # by Cauchy and Schwarz
     _, m, v, _ = reference.updates(falling)
-    zero = jnp.zeros((32, 64))
-    state = (
-        scale_by_nadam()
-        .init(zero)
-        ._replace(count=jnp.int32(2000), mu_product=jnp.float32(0), m=zero + 1, v=zero.at[0].set(1).at[:, 0].set(1))
-    )
-    updates, _ = tx.update(zero, convert_moments(state, **NARROW["int8"]))
+    zero, v_of_scales = np.zeros((2, 32, 64), np.float32)
+    v_of_scales[0] = v_of_scales[:, 0] = 1
+    state = ScaleByNadamState(np.int32(2000), np.float32(0), zero + 1, v_of_scales)
+    updates, _ = jax.jit(lambda state: tx.update(zero, convert_moments(state, **NARROW["int8"])))(state)
     expected = reference.update(0, reference.b1, v / m**2 * reference.b1**2, 2001, 0.0)
     np.testing.assert_allclose(updates[1:, 1:], np.broadcast_to(expected, (31, 63)), rtol=1e-5)
 
@@ -139,19 +137,20 @@ def test_spike_alone(rng, shape):
             assert np.all(np.asarray(errors) < 1.5 * calm), (axis, step)
 
 
-@every_format
-def test_same_on_any_devices(rng, narrow):
-    """With rows split, with columns split, and whole on every device."""
-    tx = nadamw(1e-2, **narrow)
-    whole = PartitionSpec()
-    specs = {"rows": PartitionSpec("data"), "columns": PartitionSpec(None, "data"), "whole": whole, "few": whole}
-    params = {name: jnp.asarray(rng.normal(size=(16, 128)), jnp.bfloat16) for name in specs} | {"few": jnp.ones(16)}
+def test_same_on_any_devices(rng):
+    """With rows split, with columns split, and whole on every device, in both formats."""
+    formats = {"rows": "int8", "columns": "int8", "whole": "int8", "bits of rows": "bfloat16", "few": "int8"}
+    tx, rows = nadamw(1e-2, m_dtype=formats, v_dtype=formats), PartitionSpec("data")
+    specs = dict.fromkeys(formats, PartitionSpec()) | {"rows": rows, "bits of rows": rows}
+    specs["columns"] = PartitionSpec(None, "data")
+    params = {name: rng.normal(size=(16, 128)).astype(jnp.bfloat16) for name in specs}
+    params["few"] = np.ones(16, np.float32)
     update = jax.jit(tx.update)
 
     def last_state(params):
-        state, grads = jax.jit(tx.init)(params), jax.tree.map(lambda p: -p, params)
+        state = jax.jit(tx.init)(params)
         for _ in range(5):
-            _, state = update(grads, state, params)
+            _, state = update(params, state, params)
         return jax.device_get(state)
 
     expected = last_state(params)
@@ -168,7 +167,7 @@ def test_nan_shows(narrow):
     grads = np.ones((32, 64), np.float32)
     grads[np.arange(len(NANS)), 5] = NANS
     tx = scale_by_nadam(**narrow)
-    updates, state = jax.jit(tx.update)(grads, tx.init(grads))
+    updates, state = jax.jit(lambda grads: tx.update(grads, tx.init(grads)))(grads)
     state = numbers(state)
     for x in (updates, state.m, state.v):
         np.testing.assert_array_equal(np.isnan(x), np.isnan(grads))
@@ -216,7 +215,7 @@ EVERY = {"embed": None, "blocks": [{"kernel": "int8", "bias": None}, jnp.int8], 
 def gradients(rng, steps=5):
     """Of such a tree, with a leading axis of steps."""
     return jax.tree.map(
-        lambda shape: jnp.asarray(rng.normal(size=(steps, *shape)), jnp.float32),
+        lambda shape: rng.normal(size=(steps, *shape)).astype(np.float32),
         TREE,
         is_leaf=lambda x: isinstance(x, tuple),
     )
@@ -237,7 +236,7 @@ def test_formats_by_leaf(rng):
     assert [str(x.dtype) for x in jax.tree.leaves(state.m)] == ["float32", "int8", "int8", "float32"]
     assert [x.shape for x in state.scales] == [(32,), (64,), (9,)] * 2
     masked = optax.masked(scale_by_nadam(m_dtype=LAST, v_dtype=by_path), TREE | {"embed": False, "blocks": True})
-    inner = masked.init(jax.tree.map(lambda g: g[0], grads)).inner_state
+    inner = jax.eval_shape(masked.init, jax.tree.map(lambda g: g[0], grads)).inner_state
     assert isinstance(inner.m["embed"], optax.MaskedNode)
     assert [x.shape for x in inner.scales] == [(32,), (64,), (9,)] * 2
 
@@ -248,7 +247,7 @@ def test_leaves_of_mixed_state(rng):
     wide, expected = run(scale_by_nadam(), grads)
     for got, want in ((updates, expected), (mixed.m, wide.m), (mixed.v, wide.v)):
         chex.assert_trees_all_equal(got["embed"], want["embed"])
-    assert jnp.any(updates["blocks"][1] != expected["blocks"][1])
+    assert np.any(np.asarray(updates["blocks"][1]) != np.asarray(expected["blocks"][1]))
 
 
 def test_kind_of_state():

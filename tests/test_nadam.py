@@ -71,10 +71,10 @@ def test_published_steps():
 
 @every_rule
 def test_1000_steps(rule):
-    """With four draws of hyperparameters, one of them on a tree of several leaves of different magnitudes."""
+    """With two draws of hyperparameters, one of them on a tree of several leaves of different magnitudes."""
     rng = np.random.default_rng((RULES + FURTHER_RULES).index(rule))
     references, grads = [], []
-    for shapes in ([(), (7,), (3, 5), (2, 1, 4)], [(3, 5)], [(3, 5)], [(3, 5)]):
+    for shapes in ([(), (3, 5), (2, 1, 4)], [(3, 5)]):
         b1, b2, momentum_decay = rng.uniform(0.0, 0.98), 1 - 10 ** rng.uniform(-5, -0.3), 10 ** rng.uniform(-3, 0)
         eps, eps_root = 10 ** rng.uniform(-8, -3), rng.choice([0.0, 1e-8])
         references.append(Nadam(rule, b1, b2, eps, eps_root, momentum_decay))
@@ -97,8 +97,8 @@ def single_steps(rng, reference, dtype, products):
     g, m, v = rng.normal(size=(len(STEPS), 4096)), rng.normal(size=(len(STEPS), 4096)), rng.random((len(STEPS), 4096))
     arrays = [x.astype(dtype) for x in (g, 0.3 * m * (t > 1), v * (1 - reference.b2 ** (t - 1)))]
     exact = [x.astype(np.longdouble if dtype == np.float64 else np.float64) for x in arrays]
-    g, m, v = map(jnp.asarray, arrays)
-    state = ScaleByNadamState(jnp.asarray(STEPS, jnp.int32) - 1, jnp.asarray(products, float), m, v)
+    g, m, v = arrays
+    state = ScaleByNadamState(np.asarray(STEPS, np.int32) - 1, np.asarray(products, dtype), m, v)
     return (g, state), reference.step(*exact, t, products[:, None])[0]
 
 
@@ -116,10 +116,10 @@ def with_arrays(references, inputs):
 def not_compiled(references, inputs):
     each = [jax.tree.map(lambda x, i=i: x[i], inputs[0]) for i in range(len(STEPS))]
     results = [build(references[0]).update(*args) for args in each]
-    return [jax.tree.map(lambda *x: jnp.stack(x), *results)]
+    return [jax.tree.map(lambda *x: np.stack(x), *results)]
 
 
-MANY, ONE, FEW = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999), (0.999,), (0.5, 0.999, 0.99999)
+MANY, ONE, FEW = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999), (0.999,), (0.5, 0.99999)
 
 
 @every_rule

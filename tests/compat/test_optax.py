@@ -47,11 +47,10 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("call", CALLS)
-def test_steps_of(call, seed):
+def test_steps_of(call):
     name, arguments = CALLS[call]
-    params, grads = problem(seed)
+    params, grads = problem(len(call))
     ours, theirs = (
         run(getattr(module, name)(**{"learning_rate": LEARNING_RATE} | arguments), params, grads)[0]
         for module in (compat.optax, optax)
@@ -72,16 +71,21 @@ CONSTANT = NadamConfig(learning_rate=LEARNING_RATE, eps=1e-8, rule="constant")
 ADAM = dataclasses.replace(CONSTANT, rule="adam")
 
 
-@pytest.mark.parametrize("make", [optax.adam, optax.nadam, lambda rate: optax.nadamw(rate, weight_decay=0.0)])
 @pytest.mark.parametrize(
-    "wrap", [lambda tx: tx, lambda tx: optax.chain(optax.clip_by_global_norm(1e9), tx)], ids=["bare", "chained"]
+    "make",
+    [
+        optax.adam,
+        lambda rate: optax.chain(optax.clip_by_global_norm(1e9), optax.nadam(rate)),
+        lambda rate: optax.nadamw(rate, weight_decay=0.0),
+    ],
+    ids=["adam", "nadam, chained", "nadamw"],
 )
-def test_run_continues(make, wrap):
+def test_run_continues(make):
     params, grads = problem(1)
-    before, running = run(wrap(make(LEARNING_RATE)), params, grads[:25])
+    before, running = run(make(LEARNING_RATE), params, grads[:25])
     at = jax.tree.map(lambda p: p[-1], before)
     tx = optax.chain(optax.clip_by_global_norm(1e9), compat.optax.nadam(LEARNING_RATE))
-    resumed = compat.optax.load_state(tx.init(at), running, config=CONSTANT)
+    resumed = compat.optax.load_state(jax.jit(tx.init)(at), running, config=CONSTANT)
     ours, state = run(tx, at, grads[25:35], resumed)
     theirs, _ = run(
         optax.nadam(LEARNING_RATE), at, grads[25:35], (optax.tree.get(running, "ScaleByAdamState"), optax.EmptyState())
@@ -112,18 +116,22 @@ def through_orbax(state, folder):
 def through_flax(state, folder):
     """The same by Flax: dicts alone."""
     serialization = pytest.importorskip("flax.serialization")
-    (folder / "state").write_bytes(serialization.msgpack_serialize(serialization.to_state_dict(state)))
-    return serialization.msgpack_restore((folder / "state").read_bytes())
+    (folder / "state.msgpack").write_bytes(serialization.msgpack_serialize(serialization.to_state_dict(state)))
+    return serialization.msgpack_restore((folder / "state.msgpack").read_bytes())
 
 
-@pytest.mark.parametrize("through", [through_orbax, through_flax])
 @pytest.mark.parametrize("wrap", WRAPPED)
-def test_plain_dicts(wrap, through, tmp_path):
+def test_plain_dicts(wrap, tmp_path):
     params, grads = problem(5)
     theirs, ours = (WRAPPED[wrap](module.nadam(LEARNING_RATE)) for module in (optax, compat.optax))
     before, running = run(theirs, params, grads[:12])
     at = jax.tree.map(lambda p: p[-1], before)
-    resumed = compat.optax.load_state(ours.init(at), through(running, tmp_path), config=CONSTANT)
+    fresh = jax.jit(ours.init)(at)
+    resumed, same = (
+        compat.optax.load_state(fresh, through(running, tmp_path), config=CONSTANT)
+        for through in (through_orbax, through_flax)
+    )
+    chex.assert_trees_all_equal(resumed, same)
     assert optax_nadam.get_state(resumed).count == 12
     here, there = (run(tx, at, grads[12:20], state)[0] for tx, state in ((ours, resumed), (theirs, running)))
     # In each of eight steps Optax's 1 - b2^t is off by up to 2^-24, and params of up to 4 are rounded: measured 4.2e-5.

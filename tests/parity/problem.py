@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import optax
-from jax import numpy as jnp
 
 SHAPES = {"kernel": (4, 3), "bias": (3,), "conv": (2, 2, 3), "scale": ()}
 STEPS = 60
@@ -24,9 +23,8 @@ def problem(seed=0, steps=STEPS, shapes=None, dtype=np.float32):
 
 def run(tx, params, grads, state=None):
     """Our parameters after each step, by name with a leading axis of steps, and the last optimizer state."""
-    params = jax.tree.map(jnp.asarray, params)
-    state = tx.init(params) if state is None else state
-    stacked = jax.tree.map(lambda *g: jnp.stack([jnp.asarray(x) for x in g]), *grads)
+    state = jax.jit(tx.init)(params) if state is None else state
+    stacked = jax.tree.map(lambda *g: np.stack(g), *grads)
 
     def step(carry, g):
         params, state = carry

@@ -22,13 +22,14 @@ def run(start, capsys):
 
 
 @as_users_do
-def test_train_digits(start, capsys, tmp_path):
-    picture = tmp_path / "new folder" / "digits.png"
+def test_train_digits(example, start, monkeypatch, capsys, tmp_path):
+    picture, module = tmp_path / "new folder" / "digits.png", example("train_digits")
+    ours = {"optax_nadam.nadam": module.OPTIMIZERS["optax_nadam.nadam"]}
+    monkeypatch.setattr(module, "OPTIMIZERS", ours)  # each takes as long to compile
     start("train_digits", "--steps", "5", "--seeds", "1", "--seed", "7", "--out", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
     printed, progress = capsys.readouterr()
-    for name in ("optax_nadam.nadam", "optax.nadam", "optax.adam"):
-        assert f"{name}: test accuracy" in printed
+    assert "optax_nadam.nadam: test accuracy" in printed
     assert "loss=" in progress
 
 

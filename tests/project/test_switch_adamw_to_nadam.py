@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-STEPS, EARLY = 30, 10
+STEPS, EARLY = 20, 10
 
 
 @pytest.mark.lenient("examples run with the promotion that users have")
@@ -12,6 +12,9 @@ def test_switch(example, start, monkeypatch, capsys, tmp_path):
     name, picture, states = "switch_adamw_to_nadam", tmp_path / "switch.png", {}
     example = example(name)
     monkeypatch.setattr(example, "RULES", ("scheduled",))  # each takes as long to compile
+    bytes_ = dict.fromkeys(("m_dtype", "v_dtype"), lambda path: "int8" if path in ("mix", "out") else None)
+    monkeypatch.setattr(example, "FORMATS", {"float32": {}, "8-bit": bytes_})  # and so does loading each leaf
+    monkeypatch.setattr(jax, "device_count", lambda: 2)  # eight would wait for each other on the cores of a test
     made = example.continuations
     monkeypatch.setattr(example, "continuations", lambda *arguments: states.update(made(*arguments)) or dict(states))
     after = start(name, "--steps", str(STEPS), "--seed", "1", "--out", str(picture))

@@ -77,7 +77,7 @@ def take_step(training: Training, images: jax.Array, labels: jax.Array) -> Train
     return Training(optax.apply_updates(params, updates), opt_state)
 
 
-def run(folder: Path, parent: Connection, pause_at: int) -> None:
+def run(folder: Path, parent: Connection, pause_at: int, last: int) -> None:
     """Trains from the last checkpoint to a step and tells of every step, as a process of its own.
 
     Paused before the end, it waits to be killed, or for its parent to be gone. At the end it tells the bytes of all
@@ -94,7 +94,7 @@ def run(folder: Path, parent: Connection, pause_at: int) -> None:
             training = take_step(training, *batch(step))
             parent.send(("stepped", step))
             manager.save(step, args=ocp.args.StandardSave(training))
-        if pause_at < STEPS:
+        if pause_at < last:
             parent.recv()
     leaves = jax.tree.leaves_with_path(jax.device_get(training))
     parent.send(("finished", {jax.tree_util.keystr(path): x.tobytes() for path, x in leaves}))

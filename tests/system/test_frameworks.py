@@ -133,25 +133,32 @@ def test_nnx_states(remainder_dtype):
     tx = optax_nadam.compensated(config.build(), remainder_dtype=remainder_dtype)
     model = Linear(jnp.bfloat16)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    for _ in range(3):
+
+    @nnx.jit
+    def step(model, optimizer):
         optimizer.update(model, nnx.grad(lambda model: model.loss())(model))
+
+    for _ in range(3):
+        step(model, optimizer)
     params, state = nnx.state(model, nnx.Param), optimizer.opt_state
 
-    weights = optax_nadam.master_params(state, params)
+    def converted(state, formats):
+        return jax.jit(lambda state: optax_nadam.convert_moments(state, **formats))(state)
+
+    weights = jax.jit(optax_nadam.master_params)(state, params)
     assert jax.tree.leaves(weights)[0].dtype == jnp.float32
-    wide = optax_nadam.convert_moments(state, m_dtype=None, v_dtype=None)
+    wide = converted(state, dict.fromkeys(BYTES))
     same = {
-        "set_master_params": optax_nadam.set_master_params(state, weights),
+        "set_master_params": jax.jit(optax_nadam.set_master_params)(state, weights),
         "set_count": (params, optax_nadam.set_count(state, 3, config)),
-        "convert_moments": (params, optax_nadam.convert_moments(wide, **BYTES)),
+        "convert_moments": (params, converted(wide, BYTES)),
         "set_state": (params, optax_nadam.set_state(state, wide)),
     }
     for name, result in same.items():
         chex.assert_trees_all_close(result, (params, state), rtol=2e-7, custom_message=name)
     assert jax.tree.structure(optax_nadam.set_state(wide, state)) == jax.tree.structure(wide)
-    shown = optax_nadam.diagnostics.scalars(state, config)
-    plain = optax_nadam.diagnostics.scalars(nnx.as_pure(state), config)
-    chex.assert_trees_all_equal(shown, plain)
+    scalars = jax.jit(lambda state: optax_nadam.diagnostics.scalars(state, config))
+    chex.assert_trees_all_equal(scalars(state), scalars(nnx.as_pure(state)))
 
 
 class Linear(nnx.Module):

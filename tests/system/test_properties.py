@@ -35,7 +35,7 @@ class Pair(NamedTuple):
 
 
 # Few, so that few are compiled.
-SHAPES = [(), (1,), (3,), (17,), (0,), (2, 0), (0, 4, 1), (2, 3), (5, 1), (1, 1, 1), (2, 2, 2), (1, 2, 1, 3)]
+SHAPES = [(), (1,), (17,), (0,), (0, 4, 1), (2, 3), (1, 2, 1, 3)]
 NARROW_AND_SINGLE = ["float16", "bfloat16", "float32", "complex64"]
 
 
@@ -124,6 +124,6 @@ def test_any_tree(reference, tree, steps, seed):
 
 @pytest.mark.property
 @pytest.mark.x64
-@given(DIALECTS, trees([*NARROW_AND_SINGLE, "float64", "complex128"]), STEPS, SEEDS)
+@given(DIALECTS, trees(["bfloat16", "float32", "float64", "complex128"]), STEPS, SEEDS)
 def test_any_tree_x64(reference, tree, steps, seed):
     check(reference, tree, steps, seed)
