@@ -1,5 +1,6 @@
 """The formats of a moment: zeros in a format, ``encode`` into it, ``decode`` from it, and a step of the average."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -184,6 +185,8 @@ def _lerp(old: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.where(weight <= 0.5, old + w * (new - old), new + (1 - w) * (old - new))
 
 
+# Outside jit each of the two is one program a shape, not one an operation; inside they leave no trace.
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def decode(stored: Moment, dtype: DTypeLike) -> jax.Array:
     """The numbers of a moment, whatever its format."""
     return decode_codes(stored, dtype) if stored.scales else stored.array.astype(dtype)
@@ -191,6 +194,12 @@ def decode(stored: Moment, dtype: DTypeLike) -> jax.Array:
 
 def encode(value: jax.Array, like: Moment, bits: RandomBits) -> Moment:
     """Numbers in the format of another moment, stochastically rounded where that is narrow."""
-    if like.scales:
-        return encode_codes(value, like.array.dtype, bits)
-    return Moment(round_to(value, like.array.dtype, bits))
+    return _encode(value, bits.seed, bits.leaf, like.array.dtype, bool(like.scales), bits.high)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
+def _encode(
+    value: jax.Array, seed: jax.Array, leaf: jax.Array, dtype: jnp.dtype, in_codes: bool, high: bool
+) -> Moment:
+    bits = RandomBits(seed, leaf, high)
+    return encode_codes(value, dtype, bits) if in_codes else Moment(round_to(value, dtype, bits))
