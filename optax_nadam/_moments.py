@@ -198,8 +198,6 @@ def encode(value: jax.Array, like: Moment, bits: RandomBits) -> Moment:
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5), inline=True)
-def _encode(
-    value: jax.Array, seed: jax.Array, leaf: jax.Array, dtype: jnp.dtype, in_codes: bool, high: bool
-) -> Moment:
+def _encode(value: jax.Array, seed: jax.Array, leaf: jax.Array, dtype: jnp.dtype, in_codes: bool, high: bool) -> Moment:
     bits = RandomBits(seed, leaf, high)
     return encode_codes(value, dtype, bits) if in_codes else Moment(round_to(value, dtype, bits))
