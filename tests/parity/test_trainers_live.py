@@ -101,34 +101,32 @@ NAMES = list(arrays_of(Net()))
 DECAYED = [name for name in NAMES if name.endswith("weight") and "norm" not in name]
 
 
-@pytest.fixture(scope="module")
-def trainer(tmp_path_factory) -> Path:
-    """The directory of a run of the Trainer: linear decay after two steps of warm-up, clipped by default."""
-    path = tmp_path_factory.mktemp("trainer")
+NADAM = (torch.optim.NAdam, {"lr": LR, "decoupled_weight_decay": True})
+
+
+def trained(path, **options):
+    """A run of the Trainer, saved half-way."""
     arguments = transformers.TrainingArguments(
-        str(path), max_steps=2 * HALF, save_steps=HALF, per_device_train_batch_size=16, learning_rate=LR,
-        weight_decay=0.1, warmup_steps=2, report_to=[], disable_tqdm=True, logging_strategy="no", use_cpu=True,
-        save_strategy="steps",
+        str(path), max_steps=2 * HALF, save_steps=HALF, save_strategy="steps", per_device_train_batch_size=16,
+        learning_rate=LR, report_to=[], disable_tqdm=True, use_cpu=True, **options,
     )  # fmt: skip
     data = [{"x": torch.tensor(x), "labels": torch.tensor(y)} for x, y in zip(X, Y, strict=True)]
-    optimizer = (torch.optim.NAdam, {"lr": LR, "decoupled_weight_decay": True})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        transformers.Trainer(Net(), arguments, train_dataset=data, optimizer_cls_and_kwargs=optimizer).train()
+        transformers.Trainer(Net(), arguments, train_dataset=data, optimizer_cls_and_kwargs=NADAM).train()
+
+
+@pytest.fixture(scope="module")
+def trainer(tmp_path_factory) -> Path:
+    """The directory of a run: linear decay after two steps of warm-up, clipped by default."""
+    path = tmp_path_factory.mktemp("trainer")
+    trained(path, weight_decay=0.1, warmup_steps=2, logging_strategy="no")
     return path
 
 
 def test_schedule_of_the_log(tmp_path):
     """Half-way a linear decay and a cosine meet; what was logged before tells them apart."""
-    arguments = transformers.TrainingArguments(
-        str(tmp_path), max_steps=2 * HALF, save_steps=HALF, learning_rate=LR, lr_scheduler_type="cosine",
-        logging_steps=3, save_strategy="steps", report_to=[], disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
-    data = [{"x": torch.tensor(x), "labels": torch.tensor(y)} for x, y in zip(X, Y, strict=True)]
-    optimizer = (torch.optim.NAdam, {"lr": LR, "decoupled_weight_decay": True})
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        transformers.Trainer(Net(), arguments, train_dataset=data, optimizer_cls_and_kwargs=optimizer).train()
+    trained(tmp_path, lr_scheduler_type="cosine", logging_steps=3)
     path = tmp_path / f"checkpoint-{HALF}"
     compat.torch.read(path, lr_scheduler_type="cosine", num_warmup_steps=0)
     with pytest.raises(ValueError, match=r"gives the learning rate .* at step 3, but trainer_state.json has"):
@@ -148,9 +146,8 @@ class Tied(torch.nn.Module):
 
 def test_names_of_the_trainer(tmp_path):
     model = Tied()
-    optimizer = (torch.optim.NAdam, {"lr": LR, "decoupled_weight_decay": True})
     arguments = transformers.TrainingArguments(str(tmp_path), weight_decay=0.1, report_to=[], use_cpu=True)
-    trainer = transformers.Trainer(model, arguments, optimizer_cls_and_kwargs=optimizer)
+    trainer = transformers.Trainer(model, arguments, optimizer_cls_and_kwargs=NADAM)
     groups = trainer.create_optimizer().param_groups
     listed, by_id = trainer.get_decay_parameter_names(model), {id(p): n for n, p in model.named_parameters()}
     # As docs/carry.md has it.
