@@ -155,7 +155,9 @@ class NadamConfig:
 
     def __hash__(self) -> int:
         """Equal for equal configs."""
-        return hash(json.dumps(self.to_dict(), sort_keys=True))
+        values = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        formats = json.dumps([values.pop("m_dtype"), values.pop("v_dtype")], sort_keys=True)  # may be dicts
+        return hash((formats, *values.values()))
 
     def build(
         self,

@@ -218,6 +218,7 @@ def test_static_argument_of_jit():
         schedule = ScheduleConfig("piecewise_constant", {"boundaries": kind([3]), "values": kind(values)})
         return NadamConfig(learning_rate=schedule, rule=RULES["flux"])
 
+    assert hash(make([1, 0.5], list)) == hash(make([1.0, 0.5], tuple))
     assert learning_rate(make([1, 0.5], list)) == learning_rate(make([1.0, 0.5], tuple)) == 1
     assert learning_rate(make([0.25, 0.5], list)) == 0.25
     assert len(traces) == 2
