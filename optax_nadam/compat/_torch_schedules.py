@@ -208,7 +208,7 @@ def _check_account(
 
 
 def check_log(schedule: ScheduleConfig, logged: Sequence[tuple[int, float]]) -> None:
-    """Rejects a schedule that does not give the rates that were logged before or after the scheduler's step."""
+    """Rejects a schedule that does not give up to twenty logged rates, before or after the scheduler's step."""
     for step, rate in logged[:: 1 + len(logged) // 20]:
         computed = [_value(schedule, count) for count in (step - 1, step)]
         largest = max(rate for _, rate in logged)
