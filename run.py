@@ -68,7 +68,7 @@ def environment(folder: Path, group: str, constraints: Path) -> Path:
     if not (folder / f"installed-{group}-{wanted}").exists():
         print(f"Setting up {folder} for {group} (once; a minute or two) ...", flush=True)
         if not any(folder.glob("installed-*")):
-            venv.create(folder, with_pip=True)
+            venv.create(folder, with_pip=True, upgrade_deps=True)  # a pip of 2023 takes twice as long
         project = tomllib.loads(text.decode())
         groups = project["dependency-groups"]  # pip reads these from 25.1 on; Python may bring an older
         names = list(included(group, groups))
