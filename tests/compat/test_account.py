@@ -38,7 +38,7 @@ import numpy as np
 import optax
 import pytest
 
-from optax_nadam import NadamConfig, convert_moments
+from optax_nadam import NadamConfig
 from optax_nadam._config import product_after
 from optax_nadam._state import KINDS as KINDS_OF_STATES
 from optax_nadam._tree import nodes_of
@@ -967,7 +967,7 @@ FAULTS = {
 
 def difference(kind: Kind, loaded: Any, shape: Callable[[Any], Any]) -> str:
     """In what a loaded state is not the truth."""
-    states = [convert_moments(state, m_dtype=None, v_dtype=None) for state in nodes_of(loaded, KINDS_OF_STATES)]
+    states = [*nodes_of(loaded, KINDS_OF_STATES)]
     expected = {"product": product_after(COUNT, kind.config), "m": shape(M), "v": shape(V)}
     got = {name: merged([getattr(state, name) for state in states]) for name in "mv"}
     wrong = [] if {int(state.count) for state in states} == {COUNT} else ["count"]

@@ -1,7 +1,7 @@
 """The examples run in short, with the arguments a user gives, and what each is about comes out of it.
 
-``.ci/run`` starts one as a program; ``test_carry_chess_network.py`` and ``test_switch_adamw_to_nadam.py`` have the
-longer ones, ``tests/parity`` those that need another framework.
+``.ci/run`` starts one as a program; ``test_switch_adamw_to_nadam.py`` has the longest one,
+``tests/parity`` those that need another framework.
 """
 
 import re

@@ -22,7 +22,7 @@ from flax import struct
 from jax import numpy as jnp
 
 from optax_nadam import clip_by_global_norm, nadamw, scale_by_nadam
-from tests.helpers import every_rule, relative_error, run
+from tests.helpers import few_rules, relative_error, run
 from tests.reference import Nadam
 
 of_optax = pytest.mark.lenient("Optax's wrapper mixes dtypes")
@@ -60,7 +60,7 @@ def hostile_elements(rule, values):
     return [[{dtype: np.asarray(x[dtype][4:]) for dtype in values} for x in step] for step in hostile]
 
 
-@every_rule
+@few_rules
 def test_not_finite(rule):
     (u, m, v), (u_next, *_) = hostile_elements(rule, NOT_FINITE)
     for dtype in NOT_FINITE:
@@ -68,7 +68,7 @@ def test_not_finite(rule):
         assert not np.isfinite([m[dtype], v[dtype]]).any(), dtype
 
 
-@every_rule
+@few_rules
 @pytest.mark.x64
 def test_square_overflows(rule):
     (u, _, v), (u_next, _, v_next) = hostile_elements(rule, TOO_LARGE)
@@ -109,7 +109,7 @@ CLIPS = {
 
 
 @of_optax
-@every_rule
+@few_rules
 def test_clipped(rule):
     plain = scale_by_nadam(rule=rule)
     small = optax.tree.scale(0.1, leaves_with(dict.fromkeys(("bfloat16", "float32"), (1e-3,))))
@@ -125,7 +125,7 @@ def test_clipped(rule):
                 chex.assert_tree_all_finite((u, state))
 
 
-@every_rule
+@few_rules
 def test_extremes_of_float16(rng, rule):
     signs = jnp.asarray(rng.choice([-1.0, 0.0, 1.0], (50, 64)), jnp.float16)
     grads = {name: signs * getattr(jnp.finfo(jnp.float16), name) for name in ("max", "tiny", "smallest_subnormal")}
@@ -137,7 +137,7 @@ def test_extremes_of_float16(rng, rule):
         np.testing.assert_allclose(state.v[name], v, rtol=1e-6, err_msg=name)
 
 
-@every_rule
+@few_rules
 def test_subnormal_gradients(rule):
     """They count as next to nothing."""
     tx, sizes = scale_by_nadam(rule=rule), np.asarray([1e-37, 1e-38, -1e-40, 1e-45])
@@ -150,7 +150,7 @@ def test_subnormal_gradients(rule):
     chex.assert_trees_all_close(tx.update(one, state), tx.update(one, as_zero), rtol=1e-6, atol=1e-37)
 
 
-@every_rule
+@few_rules
 def test_subnormal_moments(rule):
     tx, first = scale_by_nadam(b2=0.9, rule=rule), jnp.asarray([1.0, 1e-12, 1e-18, -1e-30])
     grads = jnp.zeros((2000, 4)).at[0].set(first)
@@ -161,7 +161,7 @@ def test_subnormal_moments(rule):
     np.testing.assert_allclose(u[-1], 0.0, atol=10 * float(smallest) / 1e-7)
 
 
-@every_rule
+@few_rules
 def test_zero_gradient(rule):
     cases = {(0.0, 0.0): jnp.nan, (0.0, 1e-30): 0.0, (1e-30, 0.0): 0.0}
 

@@ -1,4 +1,4 @@
-"""Long runs, every rule.
+"""Long runs, of one rule for each shape of step; ``python run.py long``: of every rule.
 
 - Rounding errors do not accumulate, with three kinds of gradients: bounds of 4e-7 (rms) in the update, 1e-7 in m, 8e-7
   in v, 1.2e-7 in the product, the same in every decade of 10^4 steps, 10^6 in ``python run.py long`` (measured 3.2e-7,
@@ -20,7 +20,7 @@ import pytest
 from jax import numpy as jnp
 
 from optax_nadam import ScaleByNadamState, _rules, nadam, nadamw, scale_by_nadam
-from tests.helpers import every_rule, relative_error
+from tests.helpers import every_rule, few_rules, relative_error
 from tests.reference import Nadam
 
 ROUNDING = 2.0**-24  # half a unit in the last place of a float32, relative to it, is at most this
@@ -62,7 +62,7 @@ def test_history_of_the_reference(rng, rule):
     np.testing.assert_allclose([*m[-1], *v[-1], product[-1]], np.hstack(last), rtol=1e-14)
 
 
-@every_rule
+@few_rules
 @pytest.mark.parametrize(
     ("steps", "hyperparameters"),
     [
@@ -84,7 +84,7 @@ def test_errors_stay_small(rule, steps, hyperparameters):
         np.testing.assert_allclose(products, product, rtol=0, atol=1.2e-7, err_msg=str(h))
 
 
-@every_rule
+@few_rules
 def test_constant_gradient(rule):
     g = np.asarray([1.0, 0.3, -7.7, -1e-3], np.float32)
     u, m, v, _ = history(scale_by_nadam(rule=rule), np.tile(g, (100_000, 1)))
@@ -99,7 +99,7 @@ def test_constant_gradient(rule):
     chex.assert_trees_all_equal(v[50_000:], jnp.broadcast_to(v[-1], (50_000, 4)))
 
 
-@every_rule
+@few_rules
 def test_last_count(rng, rule):
     # Decays slow enough to matter still after two billion steps.
     reference = Nadam(rule, b2=1 - 1e-9, momentum_decay=1e-9)
