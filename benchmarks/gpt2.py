@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpt2            five formats, a thousand steps each: minutes on an H100
     python -m benchmarks.gpt2 --seeds 3 --minutes 8    no seed is begun that would end later
-    python -m benchmarks.gpt2 --quick    a tiny model, two formats, ten steps; writes nothing
+    python -m benchmarks.gpt2 --quick    a tiny model, float32, ten steps; writes nothing
     python -m benchmarks.gpt2 --draw     draws the picture from the last result again
 
 Needs jax and optax alone; without matplotlib there is no picture. The result so far is written after each format.
@@ -361,7 +361,7 @@ def write(setting: Setting, text: Text, found: dict[str, list[Run]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Trains every format on the same batches."""
-    parser = _report.parser(__doc__, "a tiny model, two formats, twenty steps")
+    parser = _report.parser(__doc__, "a tiny model, float32, ten steps")
     parser.add_argument("--steps", type=int, help=f"of a run; {FULL.steps}, a multiple of {FULL.chunk}")
     parser.add_argument("--batch", type=int, help=f"texts in a batch; {FULL.batch}")
     parser.add_argument("--seeds", type=int, default=1, help="how many; 1")
@@ -383,7 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if (time.perf_counter() - began) * (seed + 1) > 60 * options.minutes * max(1, seed):
             print(f"{seed} of {options.seeds} seeds: the next would not end within {options.minutes:g} minutes")
             break
-        for form in (FORMATS[1], FLOAT32) if options.quick else FORMATS:
+        for form in (FLOAT32,) if options.quick else FORMATS:
             started = time.perf_counter()
             one = run(setting, form, text, seed)
             found.setdefault(form.name, []).append(one)

@@ -91,7 +91,7 @@ def convolution(side: int, before: int, after: int) -> list[tuple[int, ...]]:
 
 
 SETS: dict[str, Shapes] = {GPT2: gpt2_small(), RESNET: resnet50(), SMALL: 1000 * [(64,)]}
-QUICK: dict[str, Shapes] = {GPT2: [(300, 200), (200,)], RESNET: [(3, 3, 8, 8), (8,)], SMALL: 20 * [(64,)]}
+QUICK: dict[str, Shapes] = {GPT2: [(300, 200), (200,)], RESNET: [(3, 3, 8, 8), (8,)], SMALL: 4 * [(64,)]}
 
 
 def rivals(small: bool, loops: bool) -> list[Rival]:
