@@ -84,7 +84,7 @@ One leaf of 8192 x 8192, one chip, the whole step of `nadamw`, compiled ahead of
 `aot`. Traffic is what passes between the chip and its memory: 6 bytes for bfloat16 weights and gradients, 12 for
 float32, and the moments. The scales of int8 moments need one more read of gradients and codes, 6 bytes, or 4 with
 bfloat16; fusions that work on the scales alone are counted too. A custom kernel, in place of XLA's fusions, would move
-24 bytes in a chain ([decision](decisions.md#a-custom-kernel-for-8-bit-moments))."""
+24 bytes in a chain ([decision](decisions.md))."""
 
 
 def arrays(shapes: Sequence[tuple[int, ...]], dtype: DTypeLike) -> list[jax.Array]:
