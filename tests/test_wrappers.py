@@ -85,7 +85,8 @@ def test_bad_norms(bad):
 @pytest.mark.parametrize("as_real", [False, True])
 def test_accumulated_dtypes(rng, as_real):
     """Inside scan, which rejects a state that changes its dtype."""
-    wide, grads = zip(*(normal(rng, (6, 8), dtype) for dtype in DTYPES), strict=True)
+    dtypes = ["float32", "complex64", "complex128"] if as_real else DTYPES  # of real leaves nothing changes
+    wide, grads = zip(*(normal(rng, (6, 8), dtype) for dtype in dtypes), strict=True)
     state, u = run(NadamConfig(learning_rate=0.1, accumulate_steps=3, complex_as_real=as_real).build(), grads)
     means = tuple(jnp.asarray(x.reshape(2, 3, 8).mean(axis=1), g.dtype) for x, g in zip(wide, grads, strict=True))
     _, expected = run(NadamConfig(learning_rate=0.1, complex_as_real=as_real).build(), means)

@@ -12,7 +12,7 @@ def test_switch(example, start, monkeypatch, capsys, tmp_path):
     name, picture, states = "switch_adamw_to_nadam", tmp_path / "switch.png", {}
     example = example(name)
     monkeypatch.setattr(example, "RULES", ("scheduled",))  # each takes as long to compile
-    bytes_ = dict.fromkeys(("m_dtype", "v_dtype"), lambda path: "int8" if path in ("mix", "out") else None)
+    bytes_ = dict.fromkeys(("m_dtype", "v_dtype"), lambda path: "int8" if path == "out" else None)
     monkeypatch.setattr(example, "FORMATS", {"float32": {}, "8-bit": bytes_})  # and so does loading each leaf
     monkeypatch.setattr(jax, "device_count", lambda: 2)  # eight would wait for each other on the cores of a test
     made = example.continuations
@@ -35,4 +35,4 @@ def test_switch(example, start, monkeypatch, capsys, tmp_path):
 
     _, state = states["scheduled, 8-bit"]
     assert state[0].count == STEPS
-    assert state[0].m["mix"].sharding.spec == jax.sharding.PartitionSpec("data")
+    assert state[0].m["out"].sharding.spec == jax.sharding.PartitionSpec("data")

@@ -25,7 +25,7 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_nadam import accumulate, compensated, nadam, nadamw
-from optax_nadam._rules import RULES
+from tests.helpers import DISTINCT
 
 COLLECTIVE = re.compile(r"= .*\b(all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
 AXES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -112,9 +112,9 @@ def test_accumulated_mean(axes):
 
 @in_axes
 def test_sharded_steps(rng, axes):
-    """The steps of all rules, in one program; one on all leaves, the others, which differ in scalars, on one."""
-    optimizers = {name: nadamw(1e-2, rule=rule) for name, rule in RULES.items()}
-    leaves = {rule: [*SPECS] if rule == "scheduled" else ["both"] for rule in RULES}
+    """The steps of several rules, in one program; one on all leaves, the others, which differ in scalars, on one."""
+    optimizers = {rule: nadamw(1e-2, rule=rule) for rule in sorted(DISTINCT)}
+    leaves = {rule: [*SPECS] if rule == "scheduled" else ["both"] for rule in optimizers}
     steps = {rule: make_step(tx) for rule, tx in optimizers.items()}
 
     def of(rule, tree):
