@@ -222,14 +222,19 @@ def test_joint_runs_equal_single():
     for i, rate, b1, seed in ((0, 0.01, 0.9, 3), (1, 0.2, 0.5, 5)):
         tx = make(optax.warmup_cosine_decay_schedule(0.0, rate, 1, task.steps), b1)
         weights, order = jax.random.split(jax.random.key(seed))
-        params = task.init(weights)
+
+        @jax.jit
+        def step(params, state, key, tx=tx):
+            grads = jax.grad(task.loss)(params, task.draw(key))
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = jax.jit(task.init)(weights)
         state = tx.init(params)
         for index in range(task.steps):
-            grads = jax.grad(task.loss)(params, task.draw(jax.random.fold_in(order, index)))
-            updates, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-        np.testing.assert_allclose(train[i], task.loss(params, task.train), rtol=1e-5)
-        np.testing.assert_allclose(held_out[i], task.loss(params, task.held_out), rtol=1e-5)
+            params, state = step(params, state, jax.random.fold_in(order, index))
+        np.testing.assert_allclose(train[i], jax.jit(task.loss)(params, task.train), rtol=1e-5)
+        np.testing.assert_allclose(held_out[i], jax.jit(task.loss)(params, task.held_out), rtol=1e-5)
 
 
 def test_losses_of_a_format_beside_float32():
