@@ -1,11 +1,13 @@
 """Parameter groups of torch's and timm's optimizers: the keys they share, and the optimizer of several groups."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import optax
+from jax import numpy as jnp
 
 from optax_nadam import _validation as validation
 from optax_nadam._config import NadamConfig, build_with_masks
@@ -57,6 +59,10 @@ _ENDED = (
     "{what} has lr=0, with which no parameter moves: its scheduler has ended, or has not begun"
     " (initial_lr={initial!r}). Pass learning_rate=, a number or a schedule of the run's steps, or the scheduler's"
     " state to read."
+)
+_ANOTHER_RATE = (
+    "learning_rate gives {given:.6g} after the {count} steps of the run, the checkpoint has lr={lr:.6g}: the run goes"
+    " on with another learning rate. A schedule counts optimizer steps from the beginning of the run."
 )
 _NO_RATE = "{what} has lr=0, with which no parameter moves."
 _NEGATIVE = (
@@ -150,6 +156,7 @@ def optimizer_of(found: Checkpoint, to_params: Callable[[Any], Any], learning_ra
         initial ones. None for what the checkpoint tells.
     """
     configs = found.configs(_rates(found)) if learning_rate is None else _in_proportion(found)
+    _warn_of_another_rate(found, learning_rate)
     kinds = {label: _kind(found, configs, label) for label in found.parameters}
     distinct = list(dict.fromkeys(kinds.values()))
     if len(distinct) == 1 and not found.frozen:
@@ -186,6 +193,15 @@ def _rates(found: Checkpoint) -> list[Any]:
     rates = [_current_lr(f"{found.optimizer} group", group.options) for group in found.groups]
     validation.warn(_UNREAD.format(lr=", ".join(map(repr, rates[:3])), reason=found.unread_schedule))
     return rates
+
+
+def _warn_of_another_rate(found: Checkpoint, schedule: Any) -> None:
+    """Warns of a schedule that does not give the first group's current learning rate, where that is known and not 0."""
+    lr = as_number(found.groups[0].options.get("lr")) if found.groups else None
+    if callable(schedule) and found.count and validation.is_number(lr) and lr:
+        given = float(schedule(jnp.int32(found.count)))
+        if not math.isclose(given, lr, rel_tol=1e-3):
+            validation.warn(_ANOTHER_RATE.format(given=given, count=found.count, lr=lr))
 
 
 def _in_proportion(found: Checkpoint) -> list[NadamConfig]:

@@ -320,7 +320,7 @@ def from_groups(
       TypeError: as :func:`config_from`.
 
     Warns:
-      UserWarning: as :func:`config_from`.
+      UserWarning: as :func:`config_from`; a schedule given as ``learning_rate`` that does not give the stored rate.
 
     Examples:
       >>> import jax.numpy as jnp

@@ -407,10 +407,15 @@ def test_selected_parameters():
 
 
 def test_proportions_of_learning_rates():
-    """A learning rate is the first group's; others have it in the proportion of their initial ones."""
-    tx = compat.torch.from_groups(
-        {**LAYERS, "param_groups": GROUPS}, to_params, learning_rate=optax.linear_schedule(0.5, 0.0, BEFORE * 2)
-    )
+    """A learning rate is the first group's; others have it in the proportion of their initial ones.
+
+    A schedule that does not give the stored one is another run's, or deliberate: a warning.
+    """
+    halved = optax.linear_schedule(0.5, 0.0, BEFORE * 2)
+    with pytest.warns(
+        UserWarning, match=f"learning_rate gives 0.25 after the {BEFORE} steps of the run, the .* lr={LR}"
+    ):
+        tx = compat.torch.from_groups({**LAYERS, "param_groups": GROUPS}, to_params, learning_rate=halved)
     params = jax.tree.map(jnp.ones_like, to_params(WEIGHTS))
     state = compat.torch.load_state(tx.init(params), {**LAYERS, "param_groups": GROUPS}, to_params)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
