@@ -2,22 +2,20 @@
 
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_three_frameworks(tmp_path):
-    arguments = ["--parts", "a", "c", "--steps", "20", "--seed", "3"]
-    program = [sys.executable, str(EXAMPLES / "carry_chess_network.py"), *arguments]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    carried = [float(x) for x in re.findall(r"carried (.*?) lr", done.stdout)]
-    lost = [float(x) for x in re.findall(r"(?:without the product|fresh) (.*?) lr", done.stdout)]
+@pytest.mark.lenient("examples run with the promotion that users have")
+def test_three_frameworks(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    printed = program("carry_chess_network", "--parts", "a", "c", "--steps", "20", "--seed", "3")
+    carried = [float(x) for x in re.findall(r"carried (.*?) lr", printed)]
+    lost = [float(x) for x in re.findall(r"(?:without the product|fresh) (.*?) lr", printed)]
     # Weights are below 2; torch rounds them twice in a step. Gradients at weights that differ double it.
     bound = 8 * 3 * (2 * 2**-24 / 5e-4) * 2
     assert len(carried) == 2
