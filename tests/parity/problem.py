@@ -7,6 +7,8 @@ import numpy as np
 import optax
 
 SHAPES = {"kernel": (4, 3), "bias": (3,), "conv": (2, 2, 3), "scale": ()}
+# A matrix and a scalar: each leaf takes a while to compile here and there, and no rule depends on how many there are.
+FEW = {"kernel": (4, 3), "scale": ()}
 STEPS = 60
 
 

@@ -29,7 +29,7 @@ import optax_nadam
 from optax_nadam import NadamConfig, ScheduleConfig
 from optax_nadam.compat import keras as ours
 from tests.parity import keras_sources as sources
-from tests.parity.problem import SHAPES, gap, problem, run, stack
+from tests.parity.problem import FEW, SHAPES, gap, problem, run, stack
 
 pytestmark = [
     pytest.mark.lenient("Keras mixes dtypes under JAX"),
@@ -47,9 +47,6 @@ CLOSE = 3e-4
 CLOSE_64 = {"keras": 2e-12, "tf_keras": 1.5e-6, "legacy": 1.5e-6}
 # At a learning rate of 0.01 a float32 parameter below 4 rounds by 1.2e-5; measured at most 5.4e-5 after ten steps.
 CLOSE_RESUMED = 1e-4
-
-# A matrix and a scalar: each leaf takes a while to compile here and there, and no rule depends on how many there are.
-FEW = {"kernel": (4, 3), "scale": ()}
 
 RECORDINGS = pathlib.Path(__file__).parent.parent / "compat" / "recordings"
 
