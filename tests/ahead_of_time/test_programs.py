@@ -48,6 +48,7 @@ EVERY_SHAPES = {"a large leaf": LARGE, "several leaves": SEVERAL}
 CHIPS = [(target, chips) for target, kind in TARGETS.items() for chips in kind.topologies]
 MANY = [(target, chips) for target, chips in CHIPS if chips > 1]
 EVERYWHERE = PartitionSpec()
+ONE = [(target, chips) for target, chips in CHIPS if chips == 1]
 every_mesh = pytest.mark.parametrize(("target", "chips"), CHIPS)
 many_chips = pytest.mark.parametrize(("target", "chips"), MANY)
 
@@ -64,11 +65,15 @@ def moments(state):
     return optax.tree.get(state, "m"), optax.tree.get(state, "v")
 
 
-@every_mesh
-@pytest.mark.parametrize("shapes", EVERY_SHAPES.values(), ids=EVERY_SHAPES)
-@pytest.mark.parametrize("name", OURS)
+# The rules differ in scalars alone: each is compiled for one chip, and one of them for every mesh.
+PASSES = [(name, "a large leaf", *one) for name in OURS for one in ONE]
+PASSES += [("nadamw", shapes, *mesh) for shapes in EVERY_SHAPES for mesh in CHIPS]
+
+
+@pytest.mark.parametrize(("name", "shapes", "target", "chips"), dict.fromkeys(PASSES))
 def test_one_pass(name, shapes, target, chips):
     """Every array crosses the memory bus once, in one fusion a leaf, in place, and stays split."""
+    shapes = EVERY_SHAPES[shapes]
     step = compiled_step(OURS[name], shapes, mesh_of(target, chips))
     assert traffic(step) == 28 * size(shapes) // chips
     assert kernels(step) == {"fusion": len(shapes)}
@@ -102,11 +107,15 @@ def test_bfloat16_params(target, chips):
 
 NARROW: dict[str, Any] = {name: {"m_dtype": name, "v_dtype": name} for name in ("bfloat16", "int8")}
 MATRICES = {"w": (8192, 8192), "u": (1024, 4096)}
+wide_and_narrow = pytest.mark.parametrize(
+    ("shapes", "dtype"),
+    [(LARGE, jnp.float32), (MATRICES, jnp.bfloat16)],
+    ids=["a large leaf, float32", "two leaves, bfloat16"],
+)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @every_mesh
-@pytest.mark.parametrize("shapes", [LARGE, MATRICES], ids=["a large leaf", "two leaves"])
+@wide_and_narrow
 def test_bfloat16_moments(target, chips, shapes, dtype):
     """One pass."""
     step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW["bfloat16"]), shapes, mesh_of(target, chips), dtype)
@@ -126,9 +135,8 @@ def room(target, shapes, chips):
 EIGHT_BITS = {"tpu": (22.3, 17.1, 0.0), "gpu": (29.7, 19.5, 0.75)}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @every_mesh
-@pytest.mark.parametrize("shapes", [LARGE, MATRICES], ids=["a large leaf", "two leaves"])
+@wide_and_narrow
 def test_8_bit_moments(target, chips, shapes, dtype):
     """One pass over gradients and codes for the scales, one for everything else; on GPU two for the scales."""
     step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW["int8"]), shapes, mesh_of(target, chips), dtype)
@@ -172,11 +180,17 @@ def test_split_vector(name):
     assert not collectives(compiled_step(optax_nadam.nadamw(1e-3, **NARROW[name]), {"b": (8192,)}, mesh_of("tpu", 16)))
 
 
+REMAINDERS = {"int8": 2, "int16": 4, None: 0}  # bytes a parameter that are read and written
+MOMENTS = ("int8", "bfloat16", None)
+# Every pair on one chip; on many, each of either once: what is sent depends on the moments alone.
+COMPENSATED = [(remainder, moments, *one) for remainder in REMAINDERS for moments in MOMENTS for one in ONE]
+COMPENSATED += [(*pair, *mesh) for pair in zip(REMAINDERS, MOMENTS, strict=True) for mesh in MANY]
+
+
 @pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
-@every_mesh
-@pytest.mark.parametrize(("remainder", "more"), [("int8", 2), ("int16", 4), (None, 0)])
-@pytest.mark.parametrize("moments", [None, "bfloat16", "int8"])
-def test_compensated(remainder, more, moments, target, chips):
+@pytest.mark.parametrize(("remainder", "moments", "target", "chips"), COMPENSATED)
+def test_compensated(remainder, moments, target, chips):
+    more = REMAINDERS[remainder]
     inner = optax_nadam.nadamw(1e-3, m_dtype=moments, v_dtype=moments)
     step = compiled_step(
         optax_nadam.compensated(inner, remainder_dtype=remainder), LARGE, mesh_of(target, chips), jnp.bfloat16

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import pathlib
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ with warnings.catch_warnings():  # what they say while they are imported is no b
     import tensorflow as tf
     import tf_keras
 
+import jax
 import numpy as np
-from jax import numpy as jnp
 
 BEFORE, AFTER = 25, 8
 LEARNING_RATE = 0.01
@@ -91,9 +92,13 @@ def keras_run(save, **arguments) -> Run:
     model.compile(keras.optimizers.Nadam(LEARNING_RATE, **arguments), "mse")
     variables = model.trainable_variables
     model.optimizer.build(variables)
+    apply = jax.jit(model.optimizer.stateless_apply)
 
     def step(grads):
-        model.optimizer.apply([jnp.asarray(g) for g in grads], variables)
+        state = model.optimizer.variables
+        values, new = apply([x.value for x in state], grads, [x.value for x in variables])
+        for variable, value in zip([*variables, *state], [*values, *new], strict=True):
+            variable.assign(value)
 
     return run(step, lambda: [np.array(x.value) for x in variables], lambda: save(model))
 
@@ -235,6 +240,15 @@ def savers_in_order(dialect, path) -> dict[str, Callable[..., Any]]:
             lambda: keras.callbacks.BackupAndRestore(str(path), delete_checkpoint=False), path
         )
     return savers
+
+
+def every_saver(dialect, folder) -> dict[tuple[str, str], Callable[..., Any]]:
+    """All of them, by name or in order, each with a folder of its own; ``.h5`` is last, for it alters the model."""
+    by_name = keras_savers if dialect == "keras" else tensorflow_savers
+    makes = {("by name", kind): by_name(folder())[kind] for kind in by_name(pathlib.Path())}
+    in_order = list(savers_in_order(dialect, pathlib.Path()))
+    in_order = sorted(in_order, key=".h5".__eq__)  # Keras 3 forgets the arguments of the optimizer when it writes one
+    return makes | {("in order", kind): savers_in_order(dialect, folder())[kind] for kind in in_order}
 
 
 class Frozen:

@@ -4,6 +4,7 @@
 - Configs of each dialect there and back; checkpoints of every kind continue here and there.
 """
 
+import functools
 import os
 import pathlib
 import warnings
@@ -28,7 +29,7 @@ import optax_nadam
 from optax_nadam import NadamConfig, ScheduleConfig
 from optax_nadam.compat import keras as ours
 from tests.parity import keras_sources as sources
-from tests.parity.problem import SHAPES, gap, problem, run, stack
+from tests.parity.problem import FEW, SHAPES, gap, problem, run, stack
 
 pytestmark = [
     pytest.mark.lenient("Keras mixes dtypes under JAX"),
@@ -89,6 +90,16 @@ def stateless(optimizer, variables):
     return step
 
 
+def tensorflow(optimizer, variables):
+    """A step in TensorFlow; of the legacy optimizer in a graph, which is faster: others count in Python."""
+
+    def apply(grads):
+        optimizer.apply_gradients(zip(grads, variables, strict=True))
+
+    apply = tf.function(apply) if isinstance(optimizer, OPTIMIZERS["legacy"]) else apply
+    return lambda grads: apply([tf.constant(g) for g in grads])
+
+
 class Theirs:
     """One of their optimizers with variables of its own, which takes gradients by name."""
 
@@ -101,13 +112,11 @@ class Theirs:
             self.apply = stateless(optimizer, list(self.variables.values()))
         else:
             self.variables = {name: tf.Variable(p, name=name) for name, p in params.items()}
+            self.apply = tensorflow(optimizer, list(self.variables.values()))
 
     def step(self, grads):
         """One step; the values after it."""
-        if self.dialect == "keras":
-            self.apply([grads[name] for name in self.variables])
-        else:
-            self.optimizer.apply_gradients([(tf.constant(g), self.variables[name]) for name, g in grads.items()])
+        self.apply([grads[name] for name in self.variables])
         return {name: np.asarray(v).copy() for name, v in self.variables.items()}
 
     def run(self, grads):
@@ -119,6 +128,16 @@ def theirs(dialect, arguments):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The `lr` argument is deprecated")
         return OPTIMIZERS[dialect](**arguments)
+
+
+@functools.cache
+def _mine(constructor, arguments):
+    return constructor(**dict(arguments))
+
+
+def mine(dialect, arguments):
+    """Our optimizer; the same where the arguments are, so that what two tests run is compiled once."""
+    return _mine(CONSTRUCTORS[dialect], tuple(arguments.items()))
 
 
 def learning_rate_of(arguments):
@@ -138,52 +157,57 @@ def double_precision():
 @pytest.mark.parametrize(("dialect", "case"), ALL)
 def test_parameters_follow_theirs(dialect, case):
     arguments = (CASES | LEGACY_CASES)[case]
-    params, grads = problem()
+    params, grads = problem(shapes=FEW)
     expected = Theirs(dialect, theirs(dialect, arguments), params).run(grads)
-    got, _ = run(CONSTRUCTORS[dialect](**arguments), params, grads)
+    got, _ = run(mine(dialect, arguments), params, grads)
     assert gap(got, expected, learning_rate_of(arguments)) <= CLOSE
 
 
 @pytest.mark.x64
 @pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize(("dialect", "case"), ALL)
+@pytest.mark.parametrize(("dialect", "case"), [(d, name) for d, name in ALL if name not in ("lr", "no momentum")])
 def test_double_precision(dialect, case):
-    # Numbers that float32 holds exactly: the legacy optimizer stores them in float32 whatever the dtype.
+    # Numbers that float32 holds exactly: the legacy optimizer stores them in float32 whatever the dtype. Cases of other
+    # numbers alone are that of the defaults then.
     exact = {"learning_rate": 2**-7, "beta_1": 0.875, "beta_2": 0.9921875}
     arguments = exact | {k: v for k, v in (CASES | LEGACY_CASES)[case].items() if k not in (*exact, "lr")}
-    params, grads = problem(7, dtype=np.float64)
+    params, grads = problem(7, shapes=FEW, dtype=np.float64)
     expected = Theirs(dialect, theirs(dialect, arguments), params).run(grads)
-    got, _ = run(CONSTRUCTORS[dialect](**arguments), params, grads)
+    got, _ = run(mine(dialect, arguments), params, grads)
     assert gap(got, expected, 2**-7) <= CLOSE_64[dialect]
 
 
 @pytest.mark.parametrize("case", ["weight decay", "clipnorm", "clipvalue", "global_clipnorm", "schedule_decay"])
 def test_cases_differ(case):
     arguments = (CASES | LEGACY_CASES)[case]
-    make = CONSTRUCTORS["legacy" if case == "schedule_decay" else "keras"]
-    params, grads = problem(0)
+    dialect = "legacy" if case == "schedule_decay" else "keras"
+    params, grads = problem(shapes=FEW)
     plain = {k: v for k, v in arguments.items() if k == "learning_rate"}
-    got, default = run(make(**arguments), params, grads)[0], run(make(**plain), params, grads)[0]
+    got, default = (run(mine(dialect, x), params, grads)[0] for x in (arguments, plain))
     assert gap(got, default, learning_rate_of(arguments)) > 100 * CLOSE
 
 
 def test_legacy_decay_is_ignored():
-    params, grads = problem(1)
+    params, grads = problem(1, shapes=FEW)
     with_it = Theirs("legacy", OPTIMIZERS["legacy"](decay=0.5), params).run(grads)
     without_it = Theirs("legacy", OPTIMIZERS["legacy"](), params).run(grads)
     assert gap(with_it, without_it, 1e-3) == 0
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [{}, {"weight_decay": 0.1, "clipnorm": 0.5}, {"weight_decay": 0.1, "global_clipnorm": 0.5}, {"clipvalue": 0.1}],
-    ids=["plain", "decay and clipnorm", "decay and global_clipnorm", "clipvalue"],
+    ("arguments", "scheduled"),
+    [
+        ({}, False),
+        ({"weight_decay": 0.1, "clipnorm": 0.5}, True),
+        ({"weight_decay": 0.1, "global_clipnorm": 0.5}, False),
+        ({"clipvalue": 0.1}, True),
+    ],
+    ids=["plain", "decay, clipnorm and schedule", "decay and global_clipnorm", "clipvalue and schedule"],
 )
-@pytest.mark.parametrize("scheduled", [False, True], ids=["number", "schedule"])
 def test_accumulated_gradients(arguments, scheduled):
     arguments = arguments | {"gradient_accumulation_steps": 3}
     learning_rate = keras.optimizers.schedules.CosineDecay(0.01, 45) if scheduled else 0.01
-    params, grads = problem(3)
+    params, grads = problem(3, shapes=FEW)
     optimizer = keras.optimizers.Nadam(learning_rate, **arguments)
     config = ours.config_from(optimizer.get_config())
     expected = Theirs("keras", optimizer, params).run(grads)
@@ -192,7 +216,7 @@ def test_accumulated_gradients(arguments, scheduled):
 
 
 def test_loss_scaled_steps():
-    params, grads = problem(4)
+    params, grads = problem(4, shapes=FEW)
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.Nadam(0.01), initial_scale=4.0)
     scaled = [{name: 4 * x for name, x in g.items()} for g in grads]
     expected = Theirs("keras", optimizer, params).run(scaled)
@@ -357,6 +381,9 @@ def from_params(params):
     return [params["dense"]["kernel"].T, params["dense"]["bias"], params["head"]]
 
 
+built = functools.cache(NadamConfig.build)  # so that one program takes the steps of equal configs
+
+
 class Model:
     """A small model of theirs whose optimizer is given gradients."""
 
@@ -404,18 +431,22 @@ class Model:
         return path
 
 
-def continues_alike(model, source, config, learning_rate, *, explicit=True, steps=10):
-    """Whether ours, from their checkpoint, and theirs take the same steps."""
-    tx = config.build()
+def assert_continue_alike(model, found, config, *, needs_config=lambda kind: True):
+    """Whether ours, from each of their checkpoints, and theirs take the same steps."""
+    tx = built(config)
     params = to_params(model.weights)
-    state = ours.load_state(tx.init(params), source, to_params, config=config if explicit else None)
-    gradients = model.gradients(steps)
-    got, _ = run(tx, params, [to_params(g) for g in gradients], state)
+    fresh = tx.init(params)
+    states = {
+        kind: ours.load_state(fresh, source, to_params, config=config if needs_config(kind) else None)
+        for kind, source in found.items()
+    }
+    gradients = model.gradients(10)
     expected = model.steps(gradients)
-    flat = [dict(enumerate(from_params(jax.tree.map(np.asarray, p)))) for p in expected]
-    mine = dict(enumerate(np.stack(x) for x in zip(*map(from_params, unstack(got)), strict=True)))
-    assert gap(mine, stack(flat), learning_rate) <= CLOSE_RESUMED
-    return state
+    flat = stack([dict(enumerate(from_params(jax.tree.map(np.asarray, p)))) for p in expected])
+    for kind, state in states.items():
+        got, _ = run(tx, params, [to_params(g) for g in gradients], state)
+        mine = dict(enumerate(np.stack(x) for x in zip(*map(from_params, unstack(got)), strict=True)))
+        assert gap(mine, flat, 0.01) <= CLOSE_RESUMED, kind
 
 
 def unstack(trajectory):
@@ -434,15 +465,19 @@ def source_of(kind, model, tmp_path):
     return model.save(tmp_path / f"model{kind}")
 
 
-LEGACY_SOURCES = ["get_weights", "variables", ".h5"]
+KINDS = ["variables", "values", ".keras", ".weights.h5", ".h5"]  # in this order: .h5 alters the model
 
 
-@pytest.mark.parametrize("kind", LEGACY_SOURCES)
-def test_resume_from_legacy(kind, tmp_path):
+def sources_of(kinds, model, tmp_path):
+    return {kind: source_of(kind, model, tmp_path) for kind in kinds}
+
+
+def test_resume_from_legacy(tmp_path):
     model = Model("legacy", OPTIMIZERS["legacy"](0.01, schedule_decay=0.02))
     model.steps(model.gradients(25))
     config = ours.config_from(model.optimizer.get_config())
-    continues_alike(model, source_of(kind, model, tmp_path), config, 0.01, explicit=False)
+    found = sources_of(["get_weights", "variables", ".h5"], model, tmp_path)
+    assert_continue_alike(model, found, config, needs_config=lambda kind: False)
 
 
 def test_keras_2_without_product():
@@ -450,7 +485,7 @@ def test_keras_2_without_product():
     model.steps(model.gradients(5))
     iterations, _, *moments = model.optimizer.get_weights()
     with pytest.warns(UserWarning, match="computed from 5 steps"):
-        continues_alike(model, [iterations, *moments], NadamConfig(learning_rate=0.01), 0.01)
+        assert_continue_alike(model, {"without": [iterations, *moments]}, NadamConfig(learning_rate=0.01))
 
 
 def test_late_variable(tmp_path):
@@ -462,7 +497,7 @@ def test_late_variable(tmp_path):
     config = NadamConfig(learning_rate=0.01)
     with pytest.raises(ValueError, match="fit no known layout"):
         ours.load_state(config.build().init(to_params(model.weights)), model.optimizer.get_weights(), to_params)
-    continues_alike(model, source_of(".h5", model, tmp_path), config, 0.01)
+    assert_continue_alike(model, sources_of([".h5"], model, tmp_path), config)
 
 
 def test_split_names(tmp_path):
@@ -474,17 +509,17 @@ def test_split_names(tmp_path):
         names = list(attributes["weight_names"])
         del attributes["weight_names"]
         attributes["weight_names0"], attributes["weight_names1"] = names[:3], names[3:]
-    continues_alike(model, path, NadamConfig(learning_rate=0.01), 0.01)
+    assert_continue_alike(model, {"split": path}, NadamConfig(learning_rate=0.01))
 
 
-@pytest.mark.parametrize("kind", ["variables", "values", ".h5", ".keras", ".weights.h5"])
-def test_resume_from_tf_keras(kind, tmp_path):
+def test_resume_from_tf_keras(tmp_path):
     model = Model("tf_keras", OPTIMIZERS["tf_keras"](0.01, weight_decay=0.1))
     model.steps(model.gradients(25))
     config = ours.config_from(model.optimizer.get_config())
-    explicit = kind not in (".h5", ".keras")
-    with pytest.warns(UserWarning, match="computed from 25 steps.*once per variable"):
-        continues_alike(model, source_of(kind, model, tmp_path), config, 0.01, explicit=explicit)
+    found = sources_of(KINDS, model, tmp_path)
+    with pytest.warns(UserWarning, match="computed from 25 steps.*once per variable") as warned:
+        assert_continue_alike(model, found, config, needs_config=lambda kind: kind not in (".h5", ".keras"))
+    assert len([w for w in warned if "once per variable" in str(w.message)]) == len(KINDS)
 
 
 COSINE = keras.optimizers.schedules.CosineDecay(0.01, 60)
@@ -496,14 +531,15 @@ KERAS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["variables", "values", ".h5", ".keras", ".weights.h5"])
 @pytest.mark.parametrize("case", KERAS)
-def test_resume_from_keras(case, kind, tmp_path):
+def test_resume_from_keras(case, tmp_path):
     model = Model("keras", OPTIMIZERS["keras"](**KERAS[case]))
     model.steps(model.gradients(25))
     config = ours.config_from(model.optimizer.get_config())
-    explicit = "accumulation" in case and kind not in (".h5", ".keras")
-    continues_alike(model, source_of(kind, model, tmp_path), config, 0.01, explicit=explicit)
+    found = sources_of(KINDS, model, tmp_path)
+    assert_continue_alike(
+        model, found, config, needs_config=lambda kind: "accumulation" in case and kind not in (".h5", ".keras")
+    )
 
 
 def test_scoped_names():
@@ -518,11 +554,11 @@ def test_scoped_names():
         np.testing.assert_array_equal(optax_nadam.get_state(state).mu_product, optimizer.variables[-1].numpy())
 
 
-@pytest.mark.parametrize("kind", ["variables", "values", ".h5", ".keras", ".weights.h5"])
-def test_averages_skipped(kind, tmp_path):
+def test_averages_skipped(tmp_path):
     model = Model("keras", OPTIMIZERS["keras"](0.01, use_ema=True))
     model.steps(model.gradients(25))
-    continues_alike(model, source_of(kind, model, tmp_path), NadamConfig(learning_rate=0.01, momentum_decay=1.0), 0.01)
+    config = NadamConfig(learning_rate=0.01, momentum_decay=1.0)
+    assert_continue_alike(model, sources_of(KINDS, model, tmp_path), config)
 
 
 def test_mid_accumulation():
@@ -534,13 +570,12 @@ def test_mid_accumulation():
         ours.load_state(state, model.optimizer.variables, to_params, config=config)
 
 
-@pytest.mark.parametrize("kind", ["variables", "values", ".keras", ".weights.h5", ".h5"])
-def test_resume_from_loss_scaled(kind, tmp_path):
+def test_resume_from_loss_scaled(tmp_path):
     inner = keras.optimizers.Nadam(0.01)
     model = Model("keras", keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0), loss_scale=4)
     model.steps(model.gradients(25))
     config = ours.config_from(model.optimizer.get_config())
-    continues_alike(model, source_of(kind, model, tmp_path), config, 0.01)
+    assert_continue_alike(model, sources_of(KINDS, model, tmp_path), config)
 
 
 def test_file_before_3_10():
@@ -620,22 +655,15 @@ def test_weights_of_the_legacy_optimizer():
 # Sources by name.
 
 
-def continues(found, weights, keys, config):
+def continues(found, config, to_params=list):
     """The largest distance, in learning rates, of our steps from the source, after each of the steps there."""
-    tx = config.build()
-    container = dict if isinstance(weights, dict) else list
-    state = ours.load_state(tx.init(container(weights)), found.source, container, config=config)
-    got, _ = run(tx, container(weights), [container_of(container, keys, g) for g in found.grads], state)
-    distances = (
-        gap(dict(zip(keys, w, strict=True)), {k: got[k][i] for k in keys}, sources.LEARNING_RATE)
+    tx = built(config)
+    state = ours.load_state(tx.init(found.weights), found.source, to_params, config=config)
+    got, _ = run(tx, found.weights, found.grads, state)
+    return max(
+        gap(dict(enumerate(w)), {k: x[i] for k, x in enumerate(got)}, sources.LEARNING_RATE)
         for i, w in enumerate(found.after)
     )
-    return max(distances)
-
-
-def container_of(container, keys, arrays):
-    """Arrays as weights have them: by name, or in order."""
-    return dict(zip(keys, arrays, strict=True)) if container is dict else list(arrays)
 
 
 def continues_by_name(found, config):
@@ -645,13 +673,33 @@ def continues_by_name(found, config):
     # The weights are random, so that their values tell which is which.
     names = [next(n for n, x in weights.items() if np.array_equal(x, w)) for w in found.weights]
     assert len(set(names)) == len(names)
-    return continues(found, weights, names, config)
+    return continues(found, config, lambda weights: [weights[name] for name in names])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run of a dialect and what a saver made of it; a run is stopped once, and saved by all savers there are."""
+    runs = {}
+
+    def saved(dialect, kind, how, **arguments):
+        key = (dialect, *arguments)
+        if key not in runs:
+            makes = sources.every_saver(dialect, lambda: tmp_path_factory.mktemp("saved"))
+
+            def save(*run):
+                return {name: make(*run) for name, make in makes.items()}
+
+            run_of = functools.partial(sources.tensorflow_run, dialect)
+            runs[key] = (sources.keras_run if dialect == "keras" else run_of)(save, **arguments)
+        return runs[key]._replace(source=runs[key].source[how, kind])
+
+    return saved
 
 
 @pytest.mark.parametrize("kind", sources.tensorflow_savers(pathlib.Path()))
 @pytest.mark.parametrize("dialect", ["legacy", "tf_keras"])
-def test_tensorflow_checkpoints(dialect, kind, tmp_path):
-    found = sources.tensorflow_run(dialect, sources.tensorflow_savers(tmp_path)[kind])
+def test_tensorflow_checkpoints(dialect, kind, saved):
+    found = saved(dialect, kind, "by name")
     momentum_decay = 0.004 if dialect == "legacy" else 1.0
     config = NadamConfig(learning_rate=sources.LEARNING_RATE, momentum_decay=momentum_decay)
     if dialect == "legacy":
@@ -675,8 +723,8 @@ def test_savers_of_tf_contrib(tmp_path):
 
 @pytest.mark.parametrize("kind", sources.keras_savers(pathlib.Path()))
 @pytest.mark.parametrize("arguments", [{}, {"use_ema": True}], ids=["plain", "averages"])
-def test_trees_of_keras(arguments, kind, tmp_path):
-    found = sources.keras_run(sources.keras_savers(tmp_path)[kind], **arguments)
+def test_trees_of_keras(arguments, kind, saved):
+    found = saved("keras", kind, "by name", **arguments)
     config = NadamConfig(learning_rate=sources.LEARNING_RATE, momentum_decay=1.0)
     assert continues_by_name(found, config) <= CLOSE_RESUMED
 
@@ -686,9 +734,8 @@ IN_ORDER = [(d, kind) for d in OPTIMIZERS for kind in sources.savers_in_order(d,
 
 @pytest.mark.filterwarnings("ignore:the checkpoint stores no product:UserWarning")
 @pytest.mark.parametrize(("dialect", "kind"), IN_ORDER)
-def test_sources_in_order(dialect, kind, tmp_path):
-    save = sources.savers_in_order(dialect, tmp_path)[kind]
-    found = sources.keras_run(save) if dialect == "keras" else sources.tensorflow_run(dialect, save)
+def test_sources_in_order(dialect, kind, saved):
+    found = saved(dialect, kind, "in order")
     momentum_decay = 0.004 if dialect == "legacy" else 1.0
     config = NadamConfig(learning_rate=sources.LEARNING_RATE, momentum_decay=momentum_decay)
     if kind in (".h5", ".keras"):
@@ -696,4 +743,4 @@ def test_sources_in_order(dialect, kind, tmp_path):
     if kind == ".h5":
         for mine, other in zip(ours.read_weights(found.source), found.weights, strict=True):
             np.testing.assert_array_equal(mine, other)
-    assert continues(found, found.weights, list(range(len(found.weights))), config) <= CLOSE_RESUMED
+    assert continues(found, config) <= CLOSE_RESUMED
