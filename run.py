@@ -41,7 +41,7 @@ TASKS: dict[str, tuple[str, list[list[str]]]] = {
     "example": ("examples", [["examples/train_digits.py"]]),
     "lint": ("lint", RUFF),
     "checks": ("dev", [*RUFF, ["-m", "mypy"]]),
-    "parity": ("parity", [[*ELSEWHERE, *SHARED, "tests/parity"]]),
+    "parity": ("parity", [[*ELSEWHERE, *SHARED, "--dist", "loadfile", "tests/parity"]]),  # imports take half a minute
     "aot": ("aot", [[*QUICK, *COMPILED], [*ELSEWHERE, *SHARED, "tests/ahead_of_time"]]),
     "benchmarks": ("test", [QUICK]),
     "release": ("release", [[*ELSEWHERE, "tests/release"]]),

@@ -335,13 +335,14 @@ def others():
     return {name: trained("keras", make()) for name, make in OTHERS.items()}
 
 
-@pytest.mark.parametrize("kind", ["variables", "values", "tree", ".keras", ".weights.h5", ".h5"])
+@pytest.mark.parametrize("kind", [".keras", ".weights.h5", ".h5", "variables", "values", "tree"])
 def test_other_optimizers(kind, others, tmp_path):
-    """``.h5`` comes last, for it alters the models."""
     wrong = {}
     for name, model in others.items():
         if (name, kind) == ("Adafactor", ".h5"):  # which Keras fails to write
             continue
+        if kind == ".h5":  # writing one alters the model
+            model = trained("keras", OTHERS[name]())
         wrong[name] = refusal(lambda model=model: read_as(kind, model, tmp_path), lambda loaded: False)
     assert not listed(wrong), listed(wrong)
 
