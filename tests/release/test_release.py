@@ -49,7 +49,7 @@ def sdist(built):
 def pip(tmp_path_factory):
     """Starts pip in an environment of its own, with the versions of jax and optax that the tests run on."""
     folder = tmp_path_factory.mktemp("installed")
-    venv.create(folder / "venv", with_pip=True)
+    venv.create(folder / "venv", with_pip=True, upgrade_deps=True)
     python = folder / "venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     versions = folder / "versions.txt"
     versions.write_text("".join(f"{name}=={metadata.version(name)}\n" for name in ("jax", "jaxlib", "optax")))
