@@ -197,10 +197,11 @@ def _rates(found: Checkpoint) -> list[Any]:
 
 def _warn_of_another_rate(found: Checkpoint, schedule: Any) -> None:
     """Warns of a schedule that does not give the first group's current learning rate, where that is known and not 0."""
-    lr = as_number(found.groups[0].options.get("lr")) if found.groups else None
+    group = found.groups[0].options if found.groups else {}
+    lr, initial = as_number(group.get("lr")), as_number(group.get("initial_lr"))
     if callable(schedule) and found.count and validation.is_number(lr) and lr:
         given = float(schedule(jnp.int32(found.count)))
-        if not math.isclose(given, lr, rel_tol=1e-3):
+        if not math.isclose(given, lr, rel_tol=1e-3, abs_tol=1e-6 * abs(initial or lr)):  # rounding, where it ends
             validation.warn(_ANOTHER_RATE.format(given=given, count=found.count, lr=lr))
 
 

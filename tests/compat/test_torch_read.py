@@ -416,6 +416,9 @@ def test_proportions_of_learning_rates():
         UserWarning, match=f"learning_rate gives 0.25 after the {BEFORE} steps of the run, the .* lr={LR}"
     ):
         tx = compat.torch.from_groups({**LAYERS, "param_groups": GROUPS}, to_params, learning_rate=halved)
+    at_the_end = [{**group, "lr": 1e-9, "initial_lr": LR} for group in GROUPS]
+    for groups, rate in ((GROUPS, LR * (1 + 1e-5)), (at_the_end, 2e-9)):  # no warning
+        compat.torch.from_groups({**LAYERS, "param_groups": groups}, to_params, learning_rate=lambda _, x=rate: x)
     params = jax.tree.map(jnp.ones_like, to_params(WEIGHTS))
     state = compat.torch.load_state(tx.init(params), {**LAYERS, "param_groups": GROUPS}, to_params)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), state, params)
