@@ -7,7 +7,6 @@
 - No 8-bit step is longer than 1.5 times the longest with float32 moments, or twice with b2 = .999, with gradients that
   differ by up to 10^3 inside a row and a column.
 - A spike of 10^5, an infinity or a NaN changes the steps of its own element only.
-- A run is the same every time and on 1, 2 or 8 devices, in any sharding, bit for bit.
 - A leaf of a mixed state takes the steps that it takes alone, bit for bit.
 """
 
@@ -19,9 +18,8 @@ import numpy as np
 import optax
 import pytest
 from jax import numpy as jnp
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from optax_nadam import QuantizedNadamState, ScaleByNadamState, convert_moments, nadamw, scale_by_nadam
+from optax_nadam import QuantizedNadamState, ScaleByNadamState, convert_moments, scale_by_nadam
 from tests.helpers import NANS, run
 from tests.reference import Nadam
 
@@ -35,11 +33,10 @@ def numbers(state):
 
 
 @pytest.mark.parametrize(("narrow", "rtol"), [({}, 1e-4), *((x, 0.01) for x in NARROW.values())], ids=str)
-@pytest.mark.parametrize("rule", ["scheduled", "dozat2016"])
-def test_v_decays(rule, narrow, rtol):
+def test_v_decays(narrow, rtol):
     """Rounded to the nearest, v would stay at .196 in bfloat16."""
     grads = np.repeat(np.array([1, 0], jnp.bfloat16), [200, 2000])
-    tx, leaf = scale_by_nadam(rule=rule, **narrow), np.zeros((64, 64), jnp.bfloat16)
+    tx, leaf = scale_by_nadam(**narrow), np.zeros((64, 64), jnp.bfloat16)
     step = jax.jit(lambda state, grads: jax.lax.scan(lambda s, g: (tx.update(leaf + g, s)[1], None), state, grads)[0])
     state = numbers(step(tx.init(leaf), grads))
     np.testing.assert_allclose(np.mean(np.asarray(state.v, float)), (1 - 0.999**200) * 0.999**2000, rtol=rtol)
@@ -121,7 +118,7 @@ def test_least_v():
     np.testing.assert_allclose(updates[1:, 1:], np.broadcast_to(expected, (31, 63)), rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (2, 33, 64), (4096,)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 33, 64), (4096,)], ids=str)
 def test_spike_alone(rng, shape):
     """In the others of its row and column, the steps differ from those of float32 as they do without it."""
     spikes, at, where = [1.0, np.inf, np.nan], 20, tuple(size // 2 for size in shape)
@@ -135,30 +132,6 @@ def test_spike_alone(rng, shape):
         for step in (at + 5, at + 250):
             calm, *errors = (np.linalg.norm((n - w)[(step, *others)]) for n, w in zip(narrow, wide, strict=True))
             assert np.all(np.asarray(errors) < 1.5 * calm), (axis, step)
-
-
-def test_same_on_any_devices(rng):
-    """With rows split, with columns split, and whole on every device, in both formats."""
-    formats = {"rows": "int8", "columns": "int8", "whole": "int8", "bits of rows": "bfloat16", "few": "int8"}
-    tx, rows = nadamw(1e-2, m_dtype=formats, v_dtype=formats), PartitionSpec("data")
-    specs = dict.fromkeys(formats, PartitionSpec()) | {"rows": rows, "bits of rows": rows}
-    specs["columns"] = PartitionSpec(None, "data")
-    params = {name: rng.normal(size=(16, 128)).astype(jnp.bfloat16) for name in specs}
-    params["few"] = np.ones(16, np.float32)
-    update = jax.jit(tx.update)
-
-    def last_state(params):
-        state = jax.jit(tx.init)(params)
-        for _ in range(5):
-            _, state = update(params, state, params)
-        return jax.device_get(state)
-
-    expected = last_state(params)
-    chex.assert_trees_all_equal(last_state(params), expected)
-    for count in (2, 8):
-        mesh = jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
-        shardings = {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
-        chex.assert_trees_all_equal(last_state(jax.device_put(params, shardings)), expected)
 
 
 @every_format

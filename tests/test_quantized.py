@@ -24,11 +24,10 @@ from tests.helpers import NANS
 
 SIGNED, UNSIGNED = jnp.dtype(jnp.int8), jnp.dtype(jnp.uint8)
 every_dtype = pytest.mark.parametrize("dtype", [SIGNED, UNSIGNED])
-# Matrices, one with batch axes, and vectors, the second with a last segment of 41; and the size of their numbers.
+# A matrix, one with batch axes, and vectors, the second with a last segment of 41; and the size of their numbers.
 SIZES: dict[tuple[int, ...], float] = {
-    (96, 70): 1.0,
-    (20, 2, 20, 15): 1e-10,
     (40, 33): 1e20,
+    (20, 2, 20, 15): 1e-10,
     (1024,): 3.0,
     (1065,): 1e-9,
 }

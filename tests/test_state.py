@@ -104,7 +104,7 @@ def test_convert_at_any_depth():
     params = {"a": jnp.ones((32, 64)), "b": jnp.ones((64, 32))}
     parts = {name: nadamw(optax.linear_schedule(0.1, 0.0, 10)) for name in params}
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.partition(parts, {name: name for name in params}))
-    _, state = tx.update(params, tx.init(params), params)
+    state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), tx.init(params))
     converted = jax.jit(lambda s: convert_moments(s, m_dtype="int8", v_dtype="int8"))(state)
     assert [len(x.scales) for x in nodes_of(converted, QuantizedNadamState)] == [4, 4]
     counters = [[x for _, x in optax.tree.get_all_with_path(s, "count")] for s in (state, converted)]

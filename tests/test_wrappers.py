@@ -43,7 +43,7 @@ def clipped(max_norm, leaves):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_in_every_dtype(rng, dtype):
     """Also where it is float64 because of one leaf."""
-    wide, leaves = zip(*(normal(rng, shape, dtype) for shape in ((50,), (4, 3), ())), strict=True)
+    wide, leaves = zip(*(normal(rng, shape, dtype) for shape in ((50,), ())), strict=True)
     for more in ([], [jnp.asarray(rng.normal(size=9))]):
         norm = np.sqrt(sum(np.sum(np.abs(x) ** 2) for x in (*wide, *more)))
         limits = (0.5 * norm, 2 * norm, jnp.float32(0.5 * norm))
@@ -85,7 +85,7 @@ def test_bad_norms(bad):
 @pytest.mark.parametrize("as_real", [False, True])
 def test_accumulated_dtypes(rng, as_real):
     """Inside scan, which rejects a state that changes its dtype."""
-    dtypes = ["float32", "complex64", "complex128"] if as_real else DTYPES  # of real leaves nothing changes
+    dtypes = ["float32", "complex128"] if as_real else ["bfloat16", "float64", "complex64"]
     wide, grads = zip(*(normal(rng, (6, 8), dtype) for dtype in dtypes), strict=True)
     state, u = run(NadamConfig(learning_rate=0.1, accumulate_steps=3, complex_as_real=as_real).build(), grads)
     means = tuple(jnp.asarray(x.reshape(2, 3, 8).mean(axis=1), g.dtype) for x, g in zip(wide, grads, strict=True))
@@ -167,7 +167,7 @@ def test_cautious_signs():
     )
 
 
-@pytest.mark.parametrize("rule", ["scheduled", "eps_hat", "undebiased"])
+@pytest.mark.parametrize("rule", ["scheduled", "eps_hat"])
 def test_cautious_mask(rng, rule):
     """The mask is that of the update, found without the normalisation, on which the sign does not depend."""
     g = jnp.asarray(rng.normal(size=(12, 40)), jnp.float32)

@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from optax_nadam import NadamConfig, compat, get_state
 from optax_nadam._rules import RULES
 from tests.compat.sources import follow_advice
-from tests.parity.problem import problem, run
+from tests.parity.problem import FEW, problem, run
 
 STATE = compat.algoperf.nadamw(0.1).init(jnp.ones(2))
 
@@ -55,7 +55,7 @@ def test_configs_round_trip(arguments):
     config = compat.algoperf.config_from(arguments)
     translated = compat.algoperf.config_to(config)
     assert compat.algoperf.config_from(translated) == config
-    params, grads = problem(1)
+    params, grads = problem(1, shapes=FEW)
     expected, _ = run(compat.algoperf.nadamw(**arguments), params, grads)
     for tx in (config.build(), compat.algoperf.nadamw(**translated)):
         chex.assert_trees_all_equal(run(tx, params, grads)[0], expected)
@@ -70,7 +70,7 @@ class ScaleByAdamState(NamedTuple):
 
 
 def test_a_state_goes_both_ways():
-    params, grads = problem(2)
+    params, grads = problem(2, shapes=FEW)
     config = NadamConfig(learning_rate=0.1, rule="simplified")
     tx = config.build()
     before, state = run(tx, params, grads[:25])

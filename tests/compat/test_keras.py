@@ -32,7 +32,7 @@ import optax_nadam
 from optax_nadam import NadamConfig, ScheduleConfig, nadam
 from optax_nadam._config import product_after
 from optax_nadam.compat import keras
-from tests.parity.problem import SHAPES, gap, problem, run
+from tests.parity.problem import FEW, SHAPES, gap, problem, run
 
 HERE = pathlib.Path(__file__).parent / "recordings"
 RECORDED = json.loads((HERE / "keras.json").read_text())
@@ -69,13 +69,13 @@ def test_recorded_steps(dialect, case):
 
 
 def test_legacy_is_nadam():
-    params, grads = problem(1)
+    params, grads = problem(1, shapes=FEW)
     chex.assert_trees_all_equal(run(keras.legacy_nadam(), params, grads), run(nadam(), params, grads))
 
 
 @pytest.mark.parametrize("make", [keras.nadam, keras.legacy_nadam])
 def test_rate_is_an_array(make):
-    params, grads = problem(2, steps=5)
+    params, grads = problem(2, steps=5, shapes=FEW)
     got, _ = run(make(jnp.float32(0.01)), params, grads)
     assert gap(got, run(make(0.01), params, grads)[0], 0.01) < 1e-6
 
@@ -88,7 +88,7 @@ MAKES: dict[str, Any] = {
 
 @pytest.mark.parametrize("make", MAKES)
 def test_schedules_count_gradients(make):
-    params, grads = problem(2, steps=12)
+    params, grads = problem(2, steps=12, shapes=FEW)
     schedule = ScheduleConfig("inverse_time_decay", {"initial_learning_rate": 0.1, "decay_steps": 1, "decay_rate": 0.5})
     got, _ = run(MAKES[make](schedule), params, grads)
     chex.assert_trees_all_equal(run(MAKES[make](schedule.build()), params, grads)[0], got)
@@ -98,7 +98,7 @@ def test_schedules_count_gradients(make):
 
 
 def test_lr_and_epsilon_0():
-    params, grads = problem(2, steps=5)
+    params, grads = problem(2, steps=5, shapes=FEW)
     expected = run(keras.legacy_nadam(0.01), params, grads)
     chex.assert_trees_all_equal(run(keras.legacy_nadam(0.5, lr=0.01, epsilon=0), params, grads), expected)
     chex.assert_trees_all_equal(run(keras.legacy_nadam(0.01, epsilon=None), params, grads), expected)
@@ -106,7 +106,7 @@ def test_lr_and_epsilon_0():
 
 @pytest.mark.filterwarnings("ignore:decay has no effect")
 def test_decay_has_no_effect():
-    params, grads = problem(2, steps=5)
+    params, grads = problem(2, steps=5, shapes=FEW)
     chex.assert_trees_all_equal(run(keras.legacy_nadam(decay=0.5), params, grads), run(nadam(), params, grads))
 
 

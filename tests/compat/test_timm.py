@@ -22,7 +22,7 @@ from optax_nadam import NadamConfig, get_state
 from optax_nadam.compat import timm as ours
 from tests.compat.sources import follow_advice
 from tests.compat.test_torch import UNSUPPORTED, Recording, keep, zeros
-from tests.parity.problem import gap, problem, run
+from tests.parity.problem import FEW, gap, problem, run
 
 RECORDED = Recording("timm")
 CASES = RECORDED.facts["cases"]
@@ -61,7 +61,7 @@ def test_caution_on_three_numbers(caution, expected):
 
 
 def test_corrected_weight_decay():
-    params, grads = problem(1, steps=5)
+    params, grads = problem(1, steps=5, shapes=FEW)
 
     def decay(lr, **options):
         with_decay, _ = run(ours.nadamw(lr, weight_decay=0.5, **options), params, grads[:1])
@@ -77,7 +77,7 @@ def test_corrected_weight_decay():
 
 
 def test_execution_arguments():
-    params, grads = problem(2, steps=3)
+    params, grads = problem(2, steps=3, shapes=FEW)
     plain, _ = run(ours.nadamw(), params, grads)
     other, _ = run(ours.nadamw(foreach=True, capturable=True), params, grads)
     assert gap(plain, other, 1e-3) == 0

@@ -26,7 +26,7 @@ from optax_nadam import NadamConfig, ScheduleConfig, get_state
 from optax_nadam._rules import RULES
 from optax_nadam.compat import torch as ours
 from tests.compat.sources import follow_advice
-from tests.parity.problem import gap, problem, run
+from tests.parity.problem import FEW, gap, problem, run
 
 # In units of lr, after 20 steps in float32 from parameters of magnitude 1 to 2, each rounded by up to 1.2e-7 at each
 # step on either side: measured 3e-4, at lr = 2e-3.
@@ -101,7 +101,7 @@ def test_record_tells_rules_apart():
 
 
 def test_kinds_of_lr():
-    params, grads = problem(3, steps=5)
+    params, grads = problem(3, steps=5, shapes=FEW)
     expected, _ = run(ours.nadam(lr=0.01), params, grads)
     for lr in (optax.constant_schedule(0.01), jnp.asarray(0.01)):
         trajectory, _ = run(ours.nadam(lr=lr), params, grads)
@@ -109,7 +109,7 @@ def test_kinds_of_lr():
 
 
 def test_execution_arguments():
-    params, grads = problem(4, steps=3)
+    params, grads = problem(4, steps=3, shapes=FEW)
     plain, _ = run(ours.nadam(), params, grads)
     other, _ = run(ours.nadam(foreach=True, capturable=True, differentiable=True), params, grads)
     assert gap(plain, other, 2e-3) == 0
@@ -225,7 +225,7 @@ def test_every_field_has_a_fate():
 
 
 def test_a_negative_lr_negates():
-    params, grads = problem(5, steps=5)
+    params, grads = problem(5, steps=5, shapes=FEW)
     negated = [{name: -g for name, g in step.items()} for step in grads]
     descent, _ = run(NadamConfig(learning_rate=0.1).build(), params, negated)
     ascent, _ = run(NadamConfig(learning_rate=-0.1).build(), params, grads)
@@ -237,7 +237,7 @@ def test_constant_rule():
     config = NadamConfig(rule="constant", learning_rate=0.1, weight_decay=0.2)
     group = ours.config_to(config)
     assert (group["momentum_decay"], group["decoupled_weight_decay"], group["weight_decay"]) == (1e4, True, 0.2)
-    params, grads = problem(3, steps=200)
+    params, grads = problem(3, steps=200, shapes=FEW)
     here, _ = run(ours.config_from(group).build(), params, grads)
     optaxs, _ = run(optax.nadamw(0.1, eps=config.eps, weight_decay=0.2), params, grads)
     assert gap(here, optaxs, 0.1) < 2e-4

@@ -55,6 +55,7 @@ def numbers(text):
 STORED = load()
 
 
+@pytest.mark.long
 def test_runs():
     """It finds what is stored, so that no cell has failed."""
     executed = execute(load())

@@ -7,6 +7,7 @@ import pytest
 STEPS, EARLY = 20, 10
 
 
+@pytest.mark.long
 @pytest.mark.lenient("examples run with the promotion that users have")
 def test_switch(example, start, monkeypatch, capsys, tmp_path):
     name, picture, states = "switch_adamw_to_nadam", tmp_path / "switch.png", {}

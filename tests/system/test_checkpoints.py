@@ -111,8 +111,7 @@ def step_of(name):
 @functools.cache
 def training_of(name):
     """Params and state after three steps."""
-    dtypes = ["float32", "bfloat16", "complex64"] if "bits" in name else ["bfloat16"]
-    dtypes += ["float64"] if name == "64 bits" else []
+    dtypes = {"32 bits": ["float32", "complex64"], "64 bits": ["float64"]}.get(name, ["bfloat16"])
     params: Any = {d: np.linspace(-2, 1, 1152).reshape(24, 48).astype(jnp.dtype(d)) for d in dtypes}
     params["small"] = np.ones(8, np.float32)
     step = step_of(name)
@@ -151,10 +150,10 @@ def test_orbax_reshards(name, tmp_path):
 @pytest.mark.parametrize("name", ["32 bits", "bfloat16", "int8"])
 def test_orbax_without_target(name, tmp_path):
     """Of optimizers inside others, one of them masked."""
-    params, opt_state = training_of(name)
+    params, _ = training_of(name)
     tx = optax.chain(optax.masked(OPTIMIZERS[name], dict.fromkeys(params, True) | {"small": False}))
     fresh = jax.jit(tx.init)(params)
-    _, opt_state = jax.jit(tx.update)(params, fresh, params)
+    opt_state = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), fresh)
     save_orbax(tmp_path / STORED, {"params": params, "opt_state": opt_state})
     assert_same_bits(set_state(fresh, load_orbax(tmp_path / STORED)["opt_state"]), opt_state)
 

@@ -101,7 +101,10 @@ def host_step(moved, tx, params, state):
     return jax.jit(moved(tx, shardings(state)), donate_argnums=(0, 1), out_shardings=out)
 
 
-@pytest.mark.parametrize(("name", "way"), [*((name, "whole") for name in OPTIMIZERS), ("compensated", "by entry")])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [("float32", "whole"), ("compensated", "whole"), ("chain and mask", "whole"), ("compensated", "by entry")],
+)
 def test_steps(name, way, rng):
     """An entry at a time with 8-bit moments and compensated weights: an entry moves the same whatever is in it."""
     tx, (wrap, moved) = OPTIMIZERS[name], WAYS[way]
@@ -143,9 +146,7 @@ def test_clipped_before(rng):
 # What is done to a state between steps, outside jit.
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [(None, "int8"), ("int8", "int8"), ("int8", "bfloat16"), ("bfloat16", None), (None, None)]
-)
+@pytest.mark.parametrize(("before", "after"), [(None, "int8"), ("int8", "bfloat16"), (None, None)])
 def test_converted(before, after, rng):
     params, tx = random_params(rng), nadamw(m_dtype=before, v_dtype=before)
     state = jax.jit(lambda params: tx.update(params, tx.init(params), params)[1])(params)
@@ -161,7 +162,7 @@ def test_converted_and_split(rng):
     assert_in(HOST, got)
 
 
-@pytest.mark.parametrize("remainder", ["int8", "int16", None])
+@pytest.mark.parametrize("remainder", ["int8", None])
 def test_master_params(remainder, rng):
     weights, tx = random_params(rng), compensated(nadamw(), remainder_dtype=remainder)
     state = tx.init(jax.tree.map(lambda w: w.astype(jnp.bfloat16), weights))

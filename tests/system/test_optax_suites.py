@@ -5,7 +5,6 @@ once more, into a namespace of their own where that list, and the module that it
 """
 
 import ast
-import functools
 import importlib
 import importlib.util
 import inspect
@@ -30,11 +29,10 @@ def of_rate(make):
     return optimizer
 
 
-# One of each shape: bare, with weight decay, with complex leaves as two real ones. Rules differ in scalars alone.
+# With weight decay; with complex leaves as two real ones. Rules differ in scalars alone.
 # No name is part of another, so that the description of a test tells whose it is.
 OPTIMIZERS: dict[str, Any] = {
-    "nadam(scheduled)": nadam,
-    "nadamw(constant)": functools.partial(nadamw, rule="constant"),
+    "nadamw": nadamw,
     "torch.nadam": of_rate(compat.torch.nadam),
 }
 # For the suite whose tests are those of the first and the same for wrappers.

@@ -13,7 +13,6 @@
 import contextlib
 import functools
 import importlib
-import itertools
 import re
 
 import chex
@@ -85,9 +84,9 @@ def assert_laid_out(mesh, *trees):
 @pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
 def test_moments(axes, compile):
     """Sharded like the params from the start, and after a step; of real, narrow and complex ones."""
-    dtypes = zip(SPECS, itertools.cycle(["float16", "float32", "complex64"]))  # which has no end
+    dtypes = {"both": "float16", "one axis": "complex64", "whole": "float32"}
     with mesh_of(axes) as mesh:
-        tx, params = nadamw(), laid_out({name: np.ones((16, 24), dtype) for name, dtype in dtypes}, mesh)
+        tx, params = nadamw(), laid_out({name: np.ones((16, 24), dtype) for name, dtype in dtypes.items()}, mesh)
         state = compile(tx.init)(params)
         updates, after = compile(tx.update)(params, state, params)
         assert_laid_out(mesh, state[0].m, state[0].v, after[0].m, after[0].v, updates)
@@ -99,7 +98,7 @@ def test_accumulated_mean(axes):
     """Sharded like the params from the start, and after a call."""
     tx = accumulate(nadamw(), 2)
     with mesh_of(axes) as mesh:
-        params = laid_out({name: np.ones((16, 24), np.float32) for name in SPECS}, mesh)
+        params = laid_out({name: np.ones((16, 24), np.float32) for name in ("both", "whole")}, mesh)
         state = jax.jit(tx.init)(params)
         compiled = jax.jit(tx.update).lower(params, state, params).compile()
         assert collectives(compiled) == []
@@ -218,17 +217,17 @@ def test_own_states(rng, m_dtype):
 @pytest.mark.lenient("optax.apply_updates adds float32 updates to bfloat16 params")
 def test_narrow_formats(rng):
     """Whichever axes are split, also those of rows: codes like the params, scales as their axis."""
-    names = [name for name in SPECS if name != "whole"]
-    tree = {name: rng.standard_normal((16, 64 * n)).astype(jnp.bfloat16) for n, name in enumerate(names, start=1)}
-    formats = {name: "bfloat16" if name == "rows" else "int8" for name in tree}
+    formats = {"both": "int8", "rows": "bfloat16", "one axis": "int8"}
+    tree = {name: rng.standard_normal((16, 64 * n)).astype(jnp.bfloat16) for n, name in enumerate(formats, start=1)}
     tx = compensated(nadamw(1e-2, m_dtype=formats, v_dtype=formats))
+    step = jax.jit(make_step(tx))
 
-    alone = jax.jit(make_step(tx))(tree, jax.jit(tx.init)(tree), tree)
+    alone = step(tree, *step(tree, jax.jit(tx.init)(tree), tree)[::-1])
     for axes in AXES:
         with mesh_of(axes) as mesh:
             split = laid_out(tree, mesh)
             fresh = jax.jit(tx.init)(split)
-            got, after = jax.jit(make_step(tx))(split, fresh, split)
+            got, after = step(split, *step(split, fresh, split)[::-1])
             for params, state in ((split, fresh), (got, after)):
                 moments = state.inner_state[0]
                 assert_laid_out(mesh, params, state.remainder, moments.m, moments.v)
@@ -270,7 +269,7 @@ def test_collectives_of_scales():
     """Only the largest of each column where rows are split, and of each row where columns are."""
     tx = nadam(m_dtype="int8", v_dtype="int8")
     with mesh_of("automatic", (8,), ("data",)) as mesh:
-        for spec, sent in (((), set()), (("data",), {"f32[128]{0}"}), ((None, "data"), {"f32[64]{0}"})):
+        for spec, sent in ((("data",), {"f32[128]{0}"}), ((None, "data"), {"f32[64]{0}"})):
             params = jax.device_put(jnp.ones((64, 128)), NamedSharding(mesh, PartitionSpec(*spec)))
             state = jax.jit(tx.init)(params)
             compiled = jax.jit(make_step(tx)).lower(params, state, params).compile()
