@@ -13,7 +13,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from optax_nadam import compat
-from tests.parity.problem import SHAPES, problem, run
+from tests.parity.problem import SHAPES, problem, program, run
 
 BEFORE, AFTER, LR = 12, 8, 0.01
 _ADVICE = re.compile(r"^(.+?) cannot express (\w+)=.*?(dataclasses\.replace\(config, \w+=[^)]*\))", re.DOTALL)
@@ -51,6 +51,14 @@ def continued(module: str, checkpoint: Any, at: Any, grads: Any, **options: Any)
     filled = [{k: np.zeros(SHAPES[k], np.float32) if g is None else g for k, g in step.items()} for step in grads]
     trajectory, state = run(tx, params, [to_params(step) for step in filled], state)
     return from_params(jax.tree.map(lambda x: x[-1], trajectory)), state
+
+
+def trajectories(optimizers: dict[Any, Any], params: Any, grads: list[Any]) -> dict[Any, Any]:
+    """The parameters after each step of several optimizers, from one program, which compiles faster than several."""
+    stacked = jax.tree.map(lambda *g: np.stack(g), *grads)
+    names, every = [*optimizers], [program(tx) for tx in optimizers.values()]
+    together = jax.jit(lambda params, grads: [steps(params, None, grads)[1] for steps in every])
+    return dict(zip(names, jax.device_get(together(params, stacked)), strict=True))
 
 
 def distance(ours: Any, theirs: Any) -> float:

@@ -11,6 +11,7 @@ steps that differ     are named, or carried along
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from jax import numpy as jnp
 
 from optax_nadam import NadamConfig, get_state
 from optax_nadam.compat import timm as ours
-from tests.compat.sources import follow_advice
+from tests.compat.sources import follow_advice, trajectories
 from tests.compat.test_torch import UNSUPPORTED, Recording, keep, zeros
 from tests.parity.problem import FEW, gap, problem, run
 
@@ -40,14 +41,21 @@ def bound(lr):
     return 20 * 2.4 * 2**-24 / lr
 
 
+@functools.cache
+def every_case():
+    """By its group and by its arguments."""
+    optimizers = {}
+    for name, case in CASES.items():
+        make = ours.nadamlegacy if name == "legacy" else ours.nadamw
+        optimizers |= {name: ours.config_from(case["group"]).build(), f"{name}, by arguments": make(**case["kwargs"])}
+    return trajectories(optimizers, RECORDED.params, RECORDED.grads)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_trajectories(case):
-    kwargs, group = CASES[case]["kwargs"], CASES[case]["group"]
-    make = ours.nadamlegacy if case == "legacy" else ours.nadamw
-    trajectory, _ = run(ours.config_from(group).build(), RECORDED.params, RECORDED.grads)
-    assert gap(trajectory, RECORDED.under(f"cases/{case}"), group["lr"]) < bound(group["lr"])
-    same, _ = run(make(**kwargs), RECORDED.params, RECORDED.grads)
-    assert gap(same, trajectory, group["lr"]) < 1e-4
+    lr, got, same = CASES[case]["group"]["lr"], every_case()[case], every_case()[f"{case}, by arguments"]
+    assert gap(got, RECORDED.under(f"cases/{case}"), lr) < bound(lr)
+    assert gap(same, got, lr) < 1e-4
 
 
 # timm 1.0.31 on three parameters, in float32.

@@ -220,9 +220,11 @@ def test_joint_runs_equal_single():
     make = convergence.RULES["scheduled"]
     train, held_out = convergence.program(task, make)(np.array([0.01, 0.2]), np.array([0.9, 0.5]), np.array([3, 5]))
 
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, 1, task.steps)
+
     @jax.jit
     def step(params, state, key, rate, b1):
-        tx = make(optax.warmup_cosine_decay_schedule(0.0, rate, 1, task.steps), b1)
+        tx = make(lambda count: rate * schedule(count), b1)
         grads = jax.grad(task.loss)(params, task.draw(key))
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state

@@ -78,7 +78,6 @@ def parts(params):
 
 
 IN_NNX: dict[str, Any] = {
-    "int8": optax_nadam.nadamw(0.1, **BYTES),
     "compensated": optax_nadam.compensated(optax_nadam.nadamw(0.1, **BYTES)),
     "partition": optax.partition({"ours": optax_nadam.nadamw(0.1, **BYTES), "adam": optax.adam(0.1)}, parts),
     "complex as two real leaves": optax_nadam.compat.torch.nadam(0.1, weight_decay=0.1),
@@ -126,11 +125,10 @@ def test_flax_nnx(name):
 
 
 @OLD
-@pytest.mark.parametrize("remainder_dtype", ["int8", None])
-def test_nnx_states(remainder_dtype):
+def test_nnx_states():
     """As they are in an ``nnx.Optimizer``; what comes back has the same form, and the same numbers where it should."""
     config = optax_nadam.NadamConfig(learning_rate=0.1, **BYTES)
-    tx = optax_nadam.compensated(config.build(), remainder_dtype=remainder_dtype)
+    tx = optax_nadam.compensated(config.build())
     model = Linear(jnp.bfloat16)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 

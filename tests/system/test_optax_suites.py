@@ -1,4 +1,4 @@
-"""Optax's own generic tests pass on our optimizers: 115 tests of three files.
+"""Optax's own generic tests pass on our optimizers; those for wrappers in ``python run.py long``.
 
 Optax ships its tests. Three of the files run each of their tests on every optimizer of a list. Here they are loaded
 once more, into a namespace of their own where that list, and the module that its names are looked up in, are ours.
@@ -46,11 +46,13 @@ class Suite(NamedTuple):
       optimizers: names of those it runs on.
       substitutes: what names in the file stand for, whatever the file itself binds them to.
       left_out: its tests, or classes of them, that are not about the optimizers of a list; what they are about.
+      marks: pytest's, for its tests.
     """
 
     optimizers: list[str]
     substitutes: dict[str, Any]
     left_out: dict[str, str]
+    marks: Any = ()
 
 
 def listed(names):
@@ -78,6 +80,7 @@ SUITES = {
             "_BASE_OPTIMIZERS": [],  # further ones to wrap in mechanize
         },
         left_out={},
+        marks=pytest.mark.long,
     ),
     "optax._src.float64_test": Suite(
         optimizers=list(OPTIMIZERS),
@@ -136,7 +139,7 @@ TESTS = {module: generated_by(module) for module in SUITES}
 @pytest.mark.lenient("the suites mix dtypes")
 @pytest.mark.parametrize(
     "test",
-    [test for tests in TESTS.values() for test in tests],
+    [pytest.param(test, marks=SUITES[module].marks) for module, tests in TESTS.items() for test in tests],
     ids=lambda test: re.sub(" at 0x[0-9a-f]+", "", test.id()),
 )
 def test_optax(test):
