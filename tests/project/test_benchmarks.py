@@ -232,7 +232,7 @@ def test_joint_runs_equal_single():
     for i, rate, b1, seed in ((0, 0.01, 0.9, 3), (1, 0.2, 0.5, 5)):
         weights, order = jax.random.split(jax.random.key(seed))
         params = jax.jit(task.init)(weights)
-        state = jax.jit(make(rate, b1).init)(params)
+        state = jax.jit(make(schedule, b1).init)(params)
         for index in range(task.steps):
             params, state = step(params, state, jax.random.fold_in(order, index), rate, b1)
         np.testing.assert_allclose(train[i], jax.jit(task.loss)(params, task.train), rtol=1e-5)
@@ -258,7 +258,7 @@ def test_nearest_rounding_is_undone_afterwards():
     tx = scale_by_nadam(b1=0.5, m_dtype="bfloat16")
     for name, kinds in ((language_model.NEAREST_16, 1), ("bfloat16", 2)):
         with language_model.rounding(language_model.KINDS[name]):
-            _, new = tx.update(values * 1.0039, state)
+            _, new = jax.jit(tx.update)(values * 1.0039, state)
             assert len(set(new.m.tolist())) == kinds, name
 
 

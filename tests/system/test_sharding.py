@@ -80,8 +80,7 @@ def assert_laid_out(mesh, *trees):
             assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, SPECS[name]), leaf.ndim), (name, leaf.sharding)
 
 
-@in_axes
-@pytest.mark.parametrize("compile", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize(("axes", "compile"), [(axes, jax.jit) for axes in AXES] + [("explicit", lambda f: f)])
 def test_moments(axes, compile):
     """Sharded like the params from the start, and after a step; of real, narrow and complex ones."""
     dtypes = {"both": "float16", "one axis": "complex64", "whole": "float32"}
