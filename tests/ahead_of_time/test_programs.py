@@ -167,6 +167,7 @@ def test_8_bit_shapes(target, shape, most):
     assert step.memory_analysis().temp_size_in_bytes <= (0.4 if target == "gpu" else 0) * math.prod(shape)
 
 
+@pytest.mark.long
 def test_8_bit_gpt2():
     """On a GPU, as a whole."""
     step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW["int8"]), GPT2, mesh_of("gpu", 1))
@@ -245,6 +246,7 @@ def test_options(target, option, most, least):
     assert step.memory_analysis().temp_size_in_bytes < 0.01 * size(LARGE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 def test_gpt2_small(target):
     step = compiled_step(OURS["nadamw"], GPT2, mesh_of(target, 1))
