@@ -107,14 +107,13 @@ def test_bfloat16_params(target, chips):
 
 NARROW: dict[str, Any] = {name: {"m_dtype": name, "v_dtype": name} for name in ("bfloat16", "int8")}
 MATRICES = {"w": (8192, 8192), "u": (1024, 4096)}
-wide_and_narrow = pytest.mark.parametrize(
-    ("shapes", "dtype"),
-    [(LARGE, jnp.float32), (MATRICES, jnp.bfloat16)],
-    ids=["a large leaf, float32", "two leaves, bfloat16"],
-)
+# Of one chip, what the second moves test_compensated shows too.
+LEAVES = [pytest.param(*mesh, LARGE, jnp.float32) for mesh in CHIPS]
+LEAVES += [pytest.param(*mesh, MATRICES, jnp.bfloat16) for mesh in MANY]
+LEAVES += [pytest.param(*mesh, MATRICES, jnp.bfloat16, marks=pytest.mark.long) for mesh in ONE]
+wide_and_narrow = pytest.mark.parametrize(("target", "chips", "shapes", "dtype"), LEAVES)
 
 
-@every_mesh
 @wide_and_narrow
 def test_bfloat16_moments(target, chips, shapes, dtype):
     """One pass."""
@@ -135,7 +134,6 @@ def room(target, shapes, chips):
 EIGHT_BITS = {"tpu": (22.3, 17.1, 0.0), "gpu": (29.7, 19.5, 0.75)}
 
 
-@every_mesh
 @wide_and_narrow
 def test_8_bit_moments(target, chips, shapes, dtype):
     """One pass over gradients and codes for the scales, one for everything else; on GPU two for the scales."""
@@ -184,7 +182,10 @@ def test_split_vector(name):
 REMAINDERS = {"int8": 2, "int16": 4, None: 0}  # bytes a parameter that are read and written
 MOMENTS = ("int8", "bfloat16", None)
 # Every pair on one chip; on many, each of either once: what is sent depends on the moments alone.
-COMPENSATED = [(remainder, moments, *one) for remainder in REMAINDERS for moments in MOMENTS for one in ONE]
+PAIRS = [(remainder, moments) for remainder in REMAINDERS for moments in MOMENTS]
+COMPENSATED = [
+    pytest.param(*pair, *one, marks=() if "int8" in pair else pytest.mark.long) for pair in PAIRS for one in ONE
+]
 COMPENSATED += [(*pair, *mesh) for pair in zip(REMAINDERS, MOMENTS, strict=True) for mesh in MANY]
 
 
