@@ -87,6 +87,7 @@ class Model(NamedTuple):
     steps: int
     seeds: int
     kinds: tuple[str, ...]
+    layers: int = 2
 
 
 def nadam(moments: DTypeLike | None = None) -> Maker:
@@ -187,7 +188,7 @@ def by_rank(tokens: np.ndarray) -> np.ndarray:
 
 def first_weights(model: Model, seed: int) -> Any:
     """Those of a seed, in float32."""
-    sizes = _tasks.Sizes(width=model.width, heads=4, layers=2, context=CONTEXT)
+    sizes = _tasks.Sizes(width=model.width, heads=4, layers=model.layers, context=CONTEXT)
     weights = _tasks.transformer(jax.random.key(seed), VOCABULARY, sizes)
     return {name: x for name, x in weights.items() if not (model.tied and name == "head")}
 
@@ -407,11 +408,11 @@ def report(results: dict[Model, Found]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Makes the runs that are missing, and writes the result."""
-    parser = _report.parser(__doc__, "a small text, two formats, a few steps")
+    parser = _report.parser(__doc__, "a small text, one layer, two formats, a few steps")
     parser.add_argument("--model", choices=[model.name for model in MODELS], help="only one of the models")
     options = parser.parse_args(arguments)
     if options.quick:
-        model = MODELS[-1]._replace(steps=PARTS)
+        model = MODELS[-1]._replace(steps=PARTS, layers=1)
         found = {name: [trainer(model, KINDS[name], library_text(20))(0)] for name in (FLOAT32, INT8)}
         print(*(row(model, name, found) for name in found), verdict(model, found), sep="\n", flush=True)
         return

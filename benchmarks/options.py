@@ -133,7 +133,7 @@ def answer(rows: Rows) -> Answer:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compiles for TPU and GPU where the group ``aot`` is installed, and measures this machine elsewhere."""
-    quick = is_quick(__doc__, "small leaves, few steps", arguments)
+    quick = is_quick(__doc__, "one small leaf, few steps", arguments)
     if aot.installed():
         aot.save_all_compiled(
             "options",
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "options",
         "What do clipping, cautious updates and gradient accumulation add to a step?",
         ["option", "a gradient", "over none", "bytes accessed a parameter", "temporaries a parameter, bytes"],
-        list(measured([(64, 64), (64,)], repeats=3) if quick else measured(number * [(rows, columns)], repeats=11)),
+        list(measured([(64, 64)], repeats=3) if quick else measured(number * [(rows, columns)], repeats=11)),
         NOTE.format(leaves=f"{number} of {rows} x {columns}") + (ON_CPU if cpu else ""),
         answer=answer,
         quick=quick,

@@ -1,7 +1,7 @@
 """How long does a step take, compared with the optimizers of other frameworks?
 
     python -m benchmarks.step_time            all shapes, a quarter of an hour on a processor; writes the result
-    python -m benchmarks.step_time --quick    small shapes, a minute; writes nothing
+    python -m benchmarks.step_time --quick    two small leaves; writes nothing
 
 What is not installed is left out, and the result says so. On a GPU, jax and torch share the device.
 """
@@ -36,7 +36,7 @@ OURS, OPTAX = "optax_nadam.nadam, scheduled", "optax.nadam"
 LOOPED, FLAT = ", in a loop", ", under optax.flatten"
 SINGLE, FOREACH, FUSED = "torch NAdam, foreach=False", "torch NAdam, foreach=True", "torch AdamW, fused=True"
 LEGACY = "legacy tf.keras Nadam, tf.function"
-GPT2, RESNET, SMALL = "GPT-2 small", "ResNet-50", "1000 of 64"
+GPT2, RESNET, SMALL, QUICK = "GPT-2 small", "ResNet-50", "1000 of 64", "two small ones"
 CLOSE = 1e-4  # to the formula, in the check before the timing
 FILLED = 0.05  # seconds that a measurement lasts at least
 LOOP = 20  # steps of a program in which they are a loop
@@ -91,7 +91,6 @@ def convolution(side: int, before: int, after: int) -> list[tuple[int, ...]]:
 
 
 SETS: dict[str, Shapes] = {GPT2: gpt2_small(), RESNET: resnet50(), SMALL: 1000 * [(64,)]}
-QUICK: dict[str, Shapes] = {GPT2: [(300, 200), (200,)], RESNET: [(3, 3, 8, 8), (8,)], SMALL: 4 * [(64,)]}
 
 
 def rivals(small: bool, loops: bool) -> list[Rival]:
@@ -325,15 +324,15 @@ def draw(table: Rows, path: Path) -> Path | None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures one set of leaves after the other, and writes the results so far after each."""
-    quick = is_quick(__doc__, "small shapes, few repeats", arguments)
+    quick = is_quick(__doc__, "two small leaves, few repeats", arguments)
     os.environ.update(_rivals.ENVIRONMENT)
     gpu = jax.default_backend() == "gpu"
     table: list[list[Any]] = []
     met: list[str] = []
     absent: dict[str, None] = {}
     present: list[Rival] = []
-    for leaves, shapes in (QUICK if quick else SETS).items():
-        candidates = rivals(small=leaves == SMALL, loops=gpu and leaves != SMALL)
+    for leaves, shapes in ({QUICK: [(300, 200), (200,)]} if quick else SETS).items():
+        candidates = rivals(small=leaves in (SMALL, QUICK), loops=gpu and leaves != SMALL)
         there = [one for one in candidates if not one.left_out()]
         outcome = outcome_of(there, shapes, FEW if quick else REPEATS)
         table += rows(leaves, outcome)

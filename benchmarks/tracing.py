@@ -129,12 +129,13 @@ def results(repeats: dict[int, tuple[int, int]]) -> Results:
     """All times; for the chains in between, only at the sizes of the targets."""
     everything: Results = {}
     for what in PAIRS:
-        ends = what in (SCALE_BY, WHOLE)
-        for number, (many, few) in repeats.items():
-            if ends or number in (20, 148, 1000):
-                found = timed(what, number, tracing, many) | timed(what, number, eager, many)
-                for measure, times in (found | (starting(number, few) if what == WHOLE else {})).items():
-                    everything.setdefault((what, measure), {})[number] = times
+        sizes = {n: x for n, x in repeats.items() if what in (SCALE_BY, WHOLE) or n in (4, 148, 1000)}
+        found = [(number, timed(what, number, tracing, many)) for number, (many, _) in sizes.items()]
+        found += [(number, timed(what, number, eager, many)) for number, (many, _) in sizes.items()]
+        found += [(number, starting(number, few)) for number, (_, few) in sizes.items() if what == WHOLE]
+        for number, by_measure in found:
+            for measure, times in by_measure.items():
+                everything.setdefault((what, measure), {})[number] = times
     return everything
 
 
@@ -241,17 +242,17 @@ def answer(rows: Rows) -> Answer:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures 10 to 3000 leaves, which takes some ten minutes, most of it compilation."""
-    quick = is_quick(__doc__, "ten to thirty leaves, once", arguments)
-    sizes = {10: (2, 1), 20: (2, 1), 30: (2, 1)} if quick else REPEATS
+    quick = is_quick(__doc__, "two to six leaves, once", arguments)
+    sizes = {2: (2, 1), 4: (2, 1), 6: (2, 1)} if quick else REPEATS
     everything = results(sizes)
     save(
         "tracing",
         "What do tracing, compiling and calling a step cost?",
         ["chain", "measured", "leaves", "repeats", "ours", "optax", "ratio"],
-        [*rows_of_counts((10,) if quick else (10, 148, 1000)), *rows_of_times(everything)],
+        [*rows_of_counts((2,) if quick else (10, 148, 1000)), *rows_of_times(everything)],
         NOTE.format(
-            trace=parts(everything, WHOLE, "trace", 30 if quick else 1000),
-            eager=parts(everything, UPDATE, "call outside jit", 20 if quick else 148),
+            trace=parts(everything, WHOLE, "trace", 6 if quick else 1000),
+            eager=parts(everything, UPDATE, "call outside jit", 4 if quick else 148),
         ),
         answer=answer,
         quick=quick,

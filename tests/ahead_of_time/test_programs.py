@@ -106,15 +106,14 @@ def test_bfloat16_params(target, chips):
 
 
 NARROW: dict[str, Any] = {name: {"m_dtype": name, "v_dtype": name} for name in ("bfloat16", "int8")}
-MATRICES = {"w": (8192, 8192), "u": (1024, 4096)}
-wide_and_narrow = pytest.mark.parametrize(
-    ("shapes", "dtype"),
-    [(LARGE, jnp.float32), (MATRICES, jnp.bfloat16)],
-    ids=["a large leaf, float32", "two leaves, bfloat16"],
-)
+MATRICES = {"w": (4096, 8192), "u": (1024, 1024)}
+# Of one chip, what the second moves test_compensated shows too.
+LEAVES = [pytest.param(*mesh, LARGE, jnp.float32) for mesh in CHIPS]
+LEAVES += [pytest.param(*mesh, MATRICES, jnp.bfloat16) for mesh in MANY]
+LEAVES += [pytest.param(*mesh, MATRICES, jnp.bfloat16, marks=pytest.mark.long) for mesh in ONE]
+wide_and_narrow = pytest.mark.parametrize(("target", "chips", "shapes", "dtype"), LEAVES)
 
 
-@every_mesh
 @wide_and_narrow
 def test_bfloat16_moments(target, chips, shapes, dtype):
     """One pass."""
@@ -135,14 +134,13 @@ def room(target, shapes, chips):
 EIGHT_BITS = {"tpu": (22.3, 17.1, 0.0), "gpu": (29.7, 19.5, 0.75)}
 
 
-@every_mesh
 @wide_and_narrow
 def test_8_bit_moments(target, chips, shapes, dtype):
     """One pass over gradients and codes for the scales, one for everything else; on GPU two for the scales."""
     step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW["int8"]), shapes, mesh_of(target, chips), dtype)
     wide, narrow, temporaries = EIGHT_BITS[target]
     n = size(shapes) / chips
-    if chips < 256:  # there the shards have 32 rows, and scales of columns count
+    if chips < 256:  # there the shards have 32 rows or fewer, and scales of columns count
         assert traffic(step) / n <= (wide if dtype == jnp.float32 else narrow)
         assert step.memory_analysis().temp_size_in_bytes <= temporaries * n
     sent = collectives(step)
@@ -152,12 +150,16 @@ def test_8_bit_moments(target, chips, shapes, dtype):
     assert set(sent) == ({"all-reduce"} if chips > 1 else set())
 
 
+MOST = {"tpu": 22.3, "gpu": 32.7}
+
+
 @pytest.mark.parametrize(
     ("target", "shape", "most"),
     [
-        *(("tpu", shape, 22.3) for shape in ((768, 768), (3072, 768), (12, 768, 2304), (3, 3, 256, 256))),
-        *(("gpu", shape, 32.7) for shape in ((1024, 768), (3072, 768), (12, 768, 2304))),
+        *(("tpu", shape, MOST["tpu"]) for shape in ((768, 768), (12, 768, 2304), (3, 3, 256, 256))),
+        *(("gpu", shape, MOST["gpu"]) for shape in ((1024, 768), (12, 768, 2304))),
         *((target, (2**20,), 22.5) for target in TARGETS),
+        *(pytest.param(target, (3072, 768), most, marks=pytest.mark.long) for target, most in MOST.items()),
     ],
 )
 def test_8_bit_shapes(target, shape, most):
@@ -167,6 +169,7 @@ def test_8_bit_shapes(target, shape, most):
     assert step.memory_analysis().temp_size_in_bytes <= (0.4 if target == "gpu" else 0) * math.prod(shape)
 
 
+@pytest.mark.long
 def test_8_bit_gpt2():
     """On a GPU, as a whole."""
     step = compiled_step(optax_nadam.nadamw(1e-3, **NARROW["int8"]), GPT2, mesh_of("gpu", 1))
@@ -183,7 +186,10 @@ def test_split_vector(name):
 REMAINDERS = {"int8": 2, "int16": 4, None: 0}  # bytes a parameter that are read and written
 MOMENTS = ("int8", "bfloat16", None)
 # Every pair on one chip; on many, each of either once: what is sent depends on the moments alone.
-COMPENSATED = [(remainder, moments, *one) for remainder in REMAINDERS for moments in MOMENTS for one in ONE]
+PAIRS = [(remainder, moments) for remainder in REMAINDERS for moments in MOMENTS]
+COMPENSATED = [
+    pytest.param(*pair, *one, marks=() if "int8" in pair else pytest.mark.long) for pair in PAIRS for one in ONE
+]
 COMPENSATED += [(*pair, *mesh) for pair in zip(REMAINDERS, MOMENTS, strict=True) for mesh in MANY]
 
 
@@ -245,6 +251,7 @@ def test_options(target, option, most, least):
     assert step.memory_analysis().temp_size_in_bytes < 0.01 * size(LARGE)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("target", TARGETS)
 def test_gpt2_small(target):
     step = compiled_step(OURS["nadamw"], GPT2, mesh_of(target, 1))

@@ -5,11 +5,18 @@ import functools
 import jax
 import numpy as np
 import optax
+import pytest
 
 SHAPES = {"kernel": (4, 3), "bias": (3,), "conv": (2, 2, 3), "scale": ()}
 # A matrix and a scalar: each leaf takes a while to compile here and there, and no rule depends on how many there are.
 FEW = {"kernel": (4, 3), "scale": ()}
 STEPS = 60
+
+
+def long_unless(is_short, cases):
+    """Cases, or tuples, as parameters of a test; those are long that a function says no of."""
+    found = [x if isinstance(x, tuple) else (x,) for x in cases]
+    return [pytest.param(*x, marks=() if is_short(*x) else pytest.mark.long) for x in found]
 
 
 def problem(seed=0, steps=STEPS, shapes=None, dtype=np.float32):

@@ -29,7 +29,7 @@ import optax_nadam
 from optax_nadam import NadamConfig, ScheduleConfig
 from optax_nadam.compat import keras as ours
 from tests.parity import keras_sources as sources
-from tests.parity.problem import FEW, SHAPES, gap, problem, run, stack
+from tests.parity.problem import FEW, SHAPES, gap, long_unless, problem, run, stack
 
 pytestmark = [
     pytest.mark.lenient("Keras mixes dtypes under JAX"),
@@ -74,6 +74,9 @@ LEGACY_CASES: dict[str, dict[str, Any]] = {name: case for name, case in CASES.it
     "clipvalue then global_clipnorm": {"clipvalue": 0.1, "global_clipnorm": 0.2},
 }
 ALL = [(d, name) for d in OPTIMIZERS for name in (LEGACY_CASES if d == "legacy" else CASES)]
+DOUBLE = [(d, name) for d, name in ALL if name not in ("lr", "no momentum")]
+# A case is always run in one precision, the defaults in both, the others in both where tests are long.
+IN_FLOAT32 = ("defaults", "other numbers", "no momentum", "lr")
 
 
 def stateless(optimizer, variables):
@@ -154,7 +157,7 @@ def double_precision():
     tf_keras.backend.set_floatx("float32")
 
 
-@pytest.mark.parametrize(("dialect", "case"), ALL)
+@pytest.mark.parametrize(("dialect", "case"), long_unless(lambda _, case: case in IN_FLOAT32, ALL))
 def test_parameters_follow_theirs(dialect, case):
     arguments = (CASES | LEGACY_CASES)[case]
     params, grads = problem(shapes=FEW)
@@ -165,7 +168,7 @@ def test_parameters_follow_theirs(dialect, case):
 
 @pytest.mark.x64
 @pytest.mark.usefixtures("double_precision")
-@pytest.mark.parametrize(("dialect", "case"), [(d, name) for d, name in ALL if name not in ("lr", "no momentum")])
+@pytest.mark.parametrize(("dialect", "case"), long_unless(lambda _, case: case != "other numbers", DOUBLE))
 def test_double_precision(dialect, case):
     # Numbers that float32 holds exactly: the legacy optimizer stores them in float32 whatever the dtype. Cases of other
     # numbers alone are that of the defaults then.

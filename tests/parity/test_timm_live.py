@@ -9,7 +9,7 @@ import torch
 
 from optax_nadam import NadamConfig
 from optax_nadam.compat import timm as ours
-from tests.parity.problem import FEW, gap, problem, run, stack
+from tests.parity.problem import FEW, gap, long_unless, problem, run, stack
 from tests.parity.record_torch import LEGACY_CASES, NADAMW_CASES, Theirs, in_groups, plain_groups, timm_optimizers
 
 NAdamW, NAdamLegacy = timm_optimizers()
@@ -70,7 +70,7 @@ def assert_close(params, grads, **kwargs):
         assert gap(trajectory, theirs, lr) < bound(params, grads, lr), foreach
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_unless({"defaults", "corrected"}.__contains__, CASES))  # the others in double
 def test_trajectories_of_nadamw(case):
     assert_close(*problem(shapes=FEW), **CASES[case])
 
@@ -103,7 +103,7 @@ def test_nadamlegacy_double(case):
 
 
 @strict_optax
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_unless({"caution", "clipped"}.__contains__, CASES))
 def test_complex_parameters(case):
     assert_close(*complex_problem(3), **CASES[case])
 

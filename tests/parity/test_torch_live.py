@@ -14,7 +14,7 @@ from jax import numpy as jnp
 from optax_nadam import NadamConfig, ScheduleConfig
 from optax_nadam.compat import torch as ours
 from tests import reference
-from tests.parity.problem import FEW, SHAPES, STEPS, gap, problem, run
+from tests.parity.problem import FEW, SHAPES, STEPS, gap, long_unless, problem, run
 from tests.parity.record_torch import GROUPS, TORCH_CASES, Theirs, in_groups, plain_groups
 
 # In units of lr. In float32, each step rounds parameters of magnitude 1 to 4 by up to 1.2e-7, on either side, and
@@ -56,7 +56,7 @@ def gaps(params, grads, **kwargs):
     return [gap(trajectory, theirs, kwargs.get("lr", 2e-3)) for theirs in both]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_unless({"defaults", "decoupled"}.__contains__, CASES))  # the others in double
 def test_trajectories(case):
     assert max(gaps(*problem(shapes=FEW), **CASES[case])) < BOUND
 
@@ -69,7 +69,7 @@ def test_trajectories_in_double_precision(case):
 
 
 @strict_optax
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", long_unless({"l2", "decoupled"}.__contains__, CASES))
 def test_complex_parameters(case):
     params, grads = complex_problem(3, shapes={"kernel": (4, 3), "bias": (3,)})
     assert (params["kernel"].dtype, params["bias"].dtype) == (np.complex64, np.float32)

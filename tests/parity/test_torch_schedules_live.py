@@ -172,8 +172,9 @@ def read(saved, count, case, steps_per_epoch=None):
 def gap(schedules, rates):
     """The largest difference of the groups' schedules from rates, each in units of its group's own."""
     counts = np.arange(len(rates))
-    got = np.stack([jax.jit(jax.vmap(schedule.build()))(counts) for schedule in schedules], axis=1)
-    return np.max(np.abs(got - rates) / RATES)
+    built = [schedule.build() for schedule in schedules]
+    got = jax.jit(jax.vmap(lambda count: [of_group(count) for of_group in built]))(counts)
+    return np.max(np.abs(np.stack(got, axis=1) - rates) / RATES)
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step", "ignore:Both num_training_steps and")
