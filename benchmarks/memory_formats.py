@@ -184,9 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shapes = [(64, 64)] if quick else gpt2_small()
     columns = [*COLUMNS, "state, bytes a parameter", "temporaries", "bytes accessed a parameter", "step"]
     rows: Rows = []
-    for some in GROUPS[
-        :: 3 if quick else 1
-    ]:  # the result is written after each, so that a run that is cut short leaves what it has
+    for some in GROUPS[::3] if quick else GROUPS:  # the result is written after each: one cut short leaves what it has
         rows += measured(some, shapes, repeats=3 if quick else 11, looped=0 if cpu else LOOP)
         save(
             "memory_formats",
