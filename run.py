@@ -2,6 +2,7 @@
 
     python run.py unit        what tests a module or a docstring, in the smallest environment: unit tests/test_rules.py
     python run.py tests
+    python run.py project     what the pages, the notebook, the examples and the benchmarks say and do
     python run.py example
     python run.py lint        format and lint, in seconds
     python run.py checks      format, lint and types
@@ -37,7 +38,8 @@ COMPILED = ["ahead_of_time", "flashoptim", "host_memory", "memory_formats", "opt
 # A task's group of dependencies, and what it runs.
 TASKS: dict[str, tuple[str, list[list[str]]]] = {
     "unit": ("unit", [UNIT]),
-    "tests": ("test", [[*PYTEST, *SHARED]]),
+    "tests": ("test", [[*PYTEST, *SHARED, "--ignore=tests/project"]]),
+    "project": ("test", [[*PYTEST, *SHARED, "tests/project"]]),
     "example": ("examples", [["examples/train_digits.py"]]),
     "lint": ("lint", RUFF),
     "checks": ("dev", [*RUFF, ["-m", "mypy"]]),

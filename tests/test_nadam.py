@@ -135,17 +135,17 @@ def not_compiled(references, inputs):
     return [jax.tree.map(lambda *x: np.stack(x), *results)]
 
 
-MANY, FEW = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999), (0.5, 0.99999)
+MANY = (0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
 
 
-@pytest.mark.parametrize(("take", "b2s"), [(with_numbers, FEW), (with_arrays, MANY)], ids=["numbers", "arrays"])
+@pytest.mark.parametrize(("take", "b2s"), [(with_numbers, (0.99999,)), (with_arrays, MANY)], ids=["numbers", "arrays"])
 def test_one_update_to_3e_7(rng, take, b2s):
     assert_exact(rng, EVERY_RULE, take, b2s, np.float32, 3e-7)
 
 
 @pytest.mark.x64
 def test_one_update_to_1e_14(rng):
-    assert_exact(rng, EVERY_RULE, with_numbers, FEW, np.float64, 1e-14)
+    assert_exact(rng, EVERY_RULE, with_numbers, (0.99999,), np.float64, 1e-14)
 
 
 @few_rules

@@ -77,6 +77,11 @@ def take_step(training: Training, images: jax.Array, labels: jax.Array) -> Train
     return Training(optax.apply_updates(params, updates), opt_state)
 
 
+def as_bytes(training: Training) -> dict[str, bytes]:
+    """All that it has learned, by name."""
+    return {jax.tree_util.keystr(path): x.tobytes() for path, x in jax.tree.leaves_with_path(training)}
+
+
 def run(folder: Path, parent: Connection, pause_at: int, last: int) -> None:
     """Trains from the last checkpoint to a step and tells of every step, as a process of its own.
 
@@ -96,5 +101,4 @@ def run(folder: Path, parent: Connection, pause_at: int, last: int) -> None:
             manager.save(step, args=ocp.args.StandardSave(training))
         if pause_at < last:
             parent.recv()
-    leaves = jax.tree.leaves_with_path(jax.device_get(training))
-    parent.send(("finished", {jax.tree_util.keystr(path): x.tobytes() for path, x in leaves}))
+    parent.send(("finished", as_bytes(jax.device_get(training))))

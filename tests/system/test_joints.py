@@ -278,8 +278,8 @@ REAL = {name: EVERY_KIND[name] for name in ("real", "narrow")}
 WITH_COMPLEX = ("chain", "flatten", "split_real_and_imaginary")
 # Their fresh states have one array in two places, which cannot be donated.
 SHARES_ARRAYS = ("mechanize", "sam")
-# Updates of compensated are float32; these wrappers want the dtype of the gradients, so they go inside of it.
-INSIDE_ONLY = ("apply_if_finite", "conditionally_mask", "conditionally_transform")
+# Updates of compensated are float32; it wants the dtype of the gradients, so it goes inside.
+INSIDE_ONLY = ("apply_if_finite",)
 
 
 def donated_steps(tx, params, grads, copied=False):
@@ -292,9 +292,9 @@ def donated_steps(tx, params, grads, copied=False):
 
 
 # These are inject_hyperparams, partition and, for an optimizer that takes extra arguments, none at all; a chain and a
-# mask with their states in other containers.
+# mask with their states in other containers; apply_if_finite with other conditions.
 SAME = {"inject_stateful_hyperparams", "multi_transform", "with_extra_args_support"}
-SAME |= {"named_chain", "selective_transform"}
+SAME |= {"named_chain", "selective_transform", "conditionally_mask", "conditionally_transform"}
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")

@@ -1,4 +1,4 @@
-"""Optax's own generic tests pass on our optimizers; those for wrappers in ``python run.py long``.
+"""Optax's own generic tests pass on our optimizers; in ``python run.py long``, on all of them.
 
 Optax ships its tests. Three of the files run each of their tests on every optimizer of a list. Here they are loaded
 once more, into a namespace of their own where that list, and the module that its names are looked up in, are ours.
@@ -46,13 +46,11 @@ class Suite(NamedTuple):
       optimizers: names of those it runs on.
       substitutes: what names in the file stand for, whatever the file itself binds them to.
       left_out: its tests, or classes of them, that are not about the optimizers of a list; what they are about.
-      marks: pytest's, for its tests.
     """
 
     optimizers: list[str]
     substitutes: dict[str, Any]
     left_out: dict[str, str]
-    marks: Any = ()
 
 
 def listed(names):
@@ -80,7 +78,6 @@ SUITES = {
             "_BASE_OPTIMIZERS": [],  # further ones to wrap in mechanize
         },
         left_out={},
-        marks=pytest.mark.long,
     ),
     "optax._src.float64_test": Suite(
         optimizers=list(OPTIMIZERS),
@@ -133,13 +130,22 @@ def written_as(test):
     return inspect.unwrap(getattr(test, test._testMethodName)).__qualname__
 
 
+def is_short(test):
+    """Whether it is about the first optimizer; the others are for ``python run.py long``."""
+    return next(iter(OPTIMIZERS)) in test.id().replace("timm.nadamw", "")
+
+
 TESTS = {module: generated_by(module) for module in SUITES}
 
 
 @pytest.mark.lenient("the suites mix dtypes")
 @pytest.mark.parametrize(
     "test",
-    [pytest.param(test, marks=SUITES[module].marks) for module, tests in TESTS.items() for test in tests],
+    [
+        pytest.param(test, marks=() if is_short(test) else pytest.mark.long)
+        for tests in TESTS.values()
+        for test in tests
+    ],
     ids=lambda test: re.sub(" at 0x[0-9a-f]+", "", test.id()),
 )
 def test_optax(test):
