@@ -40,8 +40,8 @@ def gradients(frozen):
     return [{name: None if name in frozen else g for name, g in step.items()} for step in grads]
 
 
-def continued(module: str, checkpoint: Any, at: Any, grads: Any, **options: Any) -> tuple[dict[str, Any], Any]:
-    """The parameters by name some steps after a checkpoint, and the optimizer state there."""
+def continuation(module: str, checkpoint: Any, at: Any, grads: Any, **options: Any) -> tuple[Any, Any, Any, Any]:
+    """Our optimizer, params, gradients by step and optimizer state, at a checkpoint."""
     ours = getattr(compat, module)
     tx = ours.from_groups(checkpoint, to_params, **options)
     params = jax.tree.map(jnp.asarray, to_params(at))
@@ -49,7 +49,12 @@ def continued(module: str, checkpoint: Any, at: Any, grads: Any, **options: Any)
         warnings.simplefilter("ignore")  # what from_groups has warned of
         state = ours.load_state(tx.init(params), checkpoint, to_params, **options)
     filled = [{k: np.zeros(SHAPES[k], np.float32) if g is None else g for k, g in step.items()} for step in grads]
-    trajectory, state = run(tx, params, [to_params(step) for step in filled], state)
+    return tx, params, [to_params(step) for step in filled], state
+
+
+def continued(*source: Any, **options: Any) -> tuple[dict[str, Any], Any]:
+    """The parameters by name some steps after a checkpoint, and the optimizer state there."""
+    trajectory, state = run(*continuation(*source, **options))
     return from_params(jax.tree.map(lambda x: x[-1], trajectory)), state
 
 

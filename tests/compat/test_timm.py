@@ -44,7 +44,7 @@ def bound(lr):
 @functools.cache
 def every_case():
     """By its group and by its arguments."""
-    optimizers = {}
+    optimizers: dict[str, Any] = {}
     for name, case in CASES.items():
         make = ours.nadamlegacy if name == "legacy" else ours.nadamw
         optimizers |= {name: ours.config_from(case["group"]).build(), f"{name}, by arguments": make(**case["kwargs"])}

@@ -2,7 +2,7 @@
 
 - ``init`` shards the moments like the params, under jit too, with automatic and explicit axes (those of ``optax.nadam``
   are on one device under jit); ``accumulate`` does so with the mean, which ``optax.MultiSteps`` has whole everywhere.
-- A step of sharded params sends nothing, keeps all shardings, and gives the bits of one device, four rules.
+- A step of sharded params sends nothing, keeps all shardings, and gives the bits of one device, two rules.
 - Narrow moments and remainders are sharded like the params, in any sharding, 8-bit scales as their axis, and give the
   same bits; a step sends the largest of columns and rows that are split, and nothing else.
 - ``shard_map`` that splits 8-bit moments but not their scales is refused.
@@ -24,7 +24,6 @@ from jax import numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from optax_nadam import accumulate, compensated, nadam, nadamw
-from tests.helpers import DISTINCT
 
 COLLECTIVE = re.compile(r"= .*\b(all-gather|all-reduce|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
 AXES = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
@@ -83,7 +82,7 @@ def assert_laid_out(mesh, *trees):
 @pytest.mark.parametrize(("axes", "compile"), [(axes, jax.jit) for axes in AXES] + [("explicit", lambda f: f)])
 def test_moments(axes, compile):
     """Sharded like the params from the start, and after a step; of real, narrow and complex ones."""
-    dtypes = {"both": "float16", "one axis": "complex64", "whole": "float32"}
+    dtypes = {"both": "float16", "one axis": "complex64"}
     with mesh_of(axes) as mesh:
         tx, params = nadamw(), laid_out({name: np.ones((16, 24), dtype) for name, dtype in dtypes.items()}, mesh)
         state = compile(tx.init)(params)
@@ -110,8 +109,8 @@ def test_accumulated_mean(axes):
 
 @in_axes
 def test_sharded_steps(rng, axes):
-    """The steps of several rules, in one program; one on all leaves, the others, which differ in scalars, on one."""
-    optimizers = {rule: nadamw(1e-2, rule=rule) for rule in sorted(DISTINCT)}
+    """The steps of two rules, in one program; one on all leaves, the other, which differs in scalars, on one."""
+    optimizers = {rule: nadamw(1e-2, rule=rule) for rule in ("scheduled", "dozat2016")}
     leaves = {rule: [*SPECS] if rule == "scheduled" else ["both"] for rule in optimizers}
     steps = {rule: make_step(tx) for rule, tx in optimizers.items()}
 

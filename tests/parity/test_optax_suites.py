@@ -1,4 +1,4 @@
-"""Optax's own generic tests pass on our optimizers; in ``python run.py long``, on all of them.
+"""Optax's own generic tests pass on our optimizers; the second and those for wrappers are long.
 
 Optax ships its tests. Three of the files run each of their tests on every optimizer of a list. Here they are loaded
 once more, into a namespace of their own where that list, and the module that its names are looked up in, are ours.
@@ -131,7 +131,7 @@ def written_as(test):
 
 
 def is_short(test):
-    """Whether it is about the first optimizer; the others are for ``python run.py long``."""
+    """Whether it is about the first optimizer; the others are long."""
     return next(iter(OPTIMIZERS)) in test.id().replace("timm.nadamw", "")
 
 
