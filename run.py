@@ -6,7 +6,7 @@
     python run.py example
     python run.py lint        format and lint, in seconds
     python run.py checks      format, lint and types
-    python run.py parity      beside Keras, TensorFlow, PyTorch and timm
+    python run.py parity      beside Keras, TensorFlow, PyTorch, timm and Flax
     python run.py aot         compiled ahead of time for TPU and GPU; needs neither
     python run.py benchmarks  each in seconds, nothing written
     python run.py docs        the site, into site/

@@ -66,7 +66,6 @@ def nearest_bfloat16(x):
 
 
 INNERS = {
-    "nadamw": nadamw(1e-4),
     "sgd of tiny steps": optax.sgd(1e-5, momentum=0.9),
     "chain": optax.chain(optax.clip_by_global_norm(1.0), nadamw(optax.linear_schedule(1e-3, 0.0, 200))),
 }

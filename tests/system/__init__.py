@@ -1,1 +1,1 @@
-"""The system: sharding, crashes, processes, long runs, other libraries around it."""
+"""The system: sharding, crashes, long runs, what is around it."""

@@ -224,12 +224,12 @@ def test_injected(make, wants):
     if wants:
         with pytest.raises(TypeError, match=f"{wants} must be a number, got .*static_args"):
             inject(make)(**{first: 0.1}).init(PARAMS)
-    tx = inject(make, static_args=others if wants else ())(**{first: 0.1})
-    state = tx.init(PARAMS)
+    tx, params = inject(make, static_args=others if wants else ())(**{first: 0.1}), jnp.ones(3)
+    state = tx.init(params)
     state.hyperparams[first] = jnp.float32(0.2)
-    updates, _ = jax.jit(tx.update)(PARAMS, state, PARAMS)
+    updates, _ = jax.jit(tx.update)(params, state, params)
     plain = make(0.2)
-    expected, _ = plain.update(PARAMS, plain.init(PARAMS), PARAMS)
+    expected, _ = plain.update(params, plain.init(params), params)
     chex.assert_trees_all_close(updates, expected, rtol=1e-5)
 
 

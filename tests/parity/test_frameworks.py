@@ -12,7 +12,6 @@ from typing import Any
 
 import chex
 import equinox as eqx
-import flax
 import jax
 import numpy as np
 import optax
@@ -31,7 +30,6 @@ with warnings.catch_warnings():
     import haliax as hax
 
 pytestmark = pytest.mark.lenient("these libraries mix dtypes")
-FLAX = tuple(map(int, flax.__version__.split(".")[:3]))
 
 
 class Net(nnx.Module):
@@ -65,15 +63,6 @@ IN_NNX: dict[str, Any] = {
 }
 
 
-OLD = pytest.mark.xfail(
-    FLAX < (0, 12, 2),
-    reason="Flax had no as_pure, failed on records in variables and did not split what has metadata",
-    raises=(AttributeError, TypeError, AssertionError),
-    strict=True,
-)
-
-
-@OLD
 @pytest.mark.parametrize("name", IN_NNX)
 def test_flax_nnx(name):
     """Flax nnx makes mappings of the records in its variables, their fields sorted by name."""
@@ -102,7 +91,6 @@ def test_flax_nnx(name):
         chex.assert_trees_all_equal(by_name(inside), by_name(expected))
 
 
-@OLD
 def test_nnx_states():
     """As they are in an ``nnx.Optimizer``; what comes back has the same form, and the same numbers where it should."""
     config = optax_nadam.NadamConfig(learning_rate=0.1, **BYTES)
@@ -191,7 +179,6 @@ TX = optax_nadam.nadamw(1e-2, **BYTES)
 AXES = {"data": "data", "model": "model"}
 IN_AXES = {"kernel": PartitionSpec("data", "model"), "bias": PartitionSpec("model")}
 SCALES = [PartitionSpec("data"), PartitionSpec("model")] * 2  # of the kernel's m, then of its v; the bias has none
-set_mesh = getattr(jax, "set_mesh", None) or getattr(jax.sharding, "use_mesh")  # noqa: B009  # as before jax 0.7
 axis_types = pytest.mark.parametrize("axes", [pytest.param(AxisType.Auto, marks=pytest.mark.long), AxisType.Explicit])
 
 
@@ -209,7 +196,6 @@ class Partitioned(Linear):
         self.bias = nnx.Param(nnx.with_partitioning(bias, ("model",))(jax.random.key(0), (128,)))
 
 
-@OLD
 @axis_types
 def test_nnx_metadata(axes):
     """Compiled once, also ahead of time, with the scales split as their axis."""
@@ -219,7 +205,7 @@ def test_nnx_metadata(axes):
         traces.append(None)
         optimizer.update(model, nnx.grad(lambda model: model.loss())(model))
 
-    with set_mesh(mesh_of(axes)):
+    with jax.set_mesh(mesh_of(axes)):
         model = Partitioned()
         optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
         compiled = nnx.jit(step)
@@ -242,7 +228,7 @@ def test_nnx_metadata(axes):
 def test_linen_boxes(axes):
     """Through ``nn.get_partition_spec`` and ``nn.get_sharding``."""
     mesh = mesh_of(axes)
-    with set_mesh(mesh):
+    with jax.set_mesh(mesh):
 
         def init():
             boxed: Any = {
@@ -265,7 +251,7 @@ def test_haliax():
     """Arrays with named axes, initialised and updated under ``named_jit``."""
     data, model = hax.Axis("data", 64), hax.Axis("model", 128)
     mesh = mesh_of(AxisType.Auto)
-    with set_mesh(mesh) if hasattr(jax, "set_mesh") else mesh:
+    with jax.set_mesh(mesh):
         params = {"kernel": hax.ones((data, model)), "bias": hax.ones(model)}
         state = hax.named_jit(TX.init, axis_resources=AXES)(params)
         updates, state = hax.named_jit(TX.update, axis_resources=AXES)(params, state, params)
