@@ -1,8 +1,8 @@
 """The update: its values, its dtypes, its state.
 
-- One update is within 3e-7 of float64 for every rule, b2 from .5 to .99999, steps 1 to 10^7, whether hyperparameters
-  are numbers or arrays, of four rules also outside jit; the worst is 1.7e-7 (``benchmarks/precision.py``). Of float64
-  leaves: 1e-14.
+- One update is within 3e-7 of float64 for every rule, steps 1 to 10^7, with hyperparameters that are numbers, or arrays
+  with b2 from .5 to .99999, of four rules also outside jit; the worst is 1.7e-7 (``benchmarks/precision.py``). Of
+  float64 leaves: 1e-14.
 - A thousand updates and their moments are within 1e-6, on trees of any leaves.
 - Every variant takes the steps that its framework takes, within 2e-7.
 - An update has the dtype of its gradient; moments are float32, or float64 for leaves with 64-bit parts.
