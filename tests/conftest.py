@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)  # virtual ones, for tests of sharding; all else runs on the first
-hypothesis.settings.register_profile("short", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.register_profile("short", deadline=None, derandomize=True, max_examples=20)
 hypothesis.settings.register_profile("long", parent=hypothesis.settings.get_profile("short"), max_examples=2000)
 hypothesis.settings.load_profile("short")
 

@@ -75,9 +75,9 @@ INNERS = {
 def test_int16_is_float32(rng, inner):
     """Outside jit, where the inner optimizer is the same program in both."""
     narrow = random_params(rng)
-    expected, tx, grads = wide(narrow), compensated(inner, remainder_dtype="int16"), random_grads(rng, narrow, 40)
+    expected, tx, grads = wide(narrow), compensated(inner, remainder_dtype="int16"), random_grads(rng, narrow, 20)
     state, inner_state = tx.init(narrow), inner.init(expected)
-    for step in range(40):
+    for step in range(20):
         narrow, state = stepped(tx, narrow, state, at(grads, step))
         expected, inner_state = stepped(inner, expected, inner_state, wide(at(grads, step)))
         chex.assert_trees_all_equal(master_params(state, narrow), expected)

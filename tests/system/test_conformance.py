@@ -3,7 +3,7 @@
 - Eager, jit and scan take the same steps; extra arguments are ignored; ``init`` takes abstract params.
 - Dtypes and weak types stay from step to step, of leaves of all dtypes, so that nothing is compiled twice.
 - Chains, masks, partitions, wrappers, injected hyperparameters, vmap and grad.
-- Gradients up to 1e18 give finite updates and states: 25 examples, 2000 in ``python run.py long``.
+- Gradients up to 1e18 give finite updates and states: 20 examples, 2000 in ``python run.py long``.
 """
 
 import functools

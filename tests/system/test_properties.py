@@ -1,6 +1,6 @@
 """Any tree of leaves follows the reference: random trees of random leaves under random hyperparameters.
 
-2 x 25 trees, 2 x 2000 in ``python run.py long``; in float32 within 4e-7 of the largest intermediate number, in float64
+2 x 20 trees, 2 x 2000 in ``python run.py long``; in float32 within 4e-7 of the largest intermediate number, in float64
 within 1e-14.
 """
 

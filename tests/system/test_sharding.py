@@ -3,8 +3,8 @@
 - ``init`` shards the moments like the params, under jit too, with automatic and explicit axes (those of ``optax.nadam``
   are on one device under jit); ``accumulate`` does so with the mean, which ``optax.MultiSteps`` has whole everywhere.
 - A step of sharded params sends nothing, keeps all shardings, and gives the bits of one device, two rules.
-- Narrow moments and remainders are sharded like the params, 8-bit scales as their axis, and give the bits of one device;
-  a step sends the largest of columns and rows that are split, and nothing else.
+- Narrow moments and remainders are sharded like the params, 8-bit scales as their axis, with the bits of one device; a
+  step sends the largest of columns and rows that are split, and nothing else.
 - ``shard_map`` that splits 8-bit moments but not their scales is refused.
 - Moments split over replicas of the params (ZeRO-1): one all-gather a leaf, 1 byte of state a parameter a device, of 8.
 - ``shard_map`` with ``pmean`` takes the step of the whole batch.
