@@ -56,7 +56,8 @@ def by_the_formulas(reference, gradients):
 
 def after_all(tx, reference, gradients, **others):
     """The state after all gradients: that of no step with the numbers of the formulas."""
-    fresh = tx.init(jax.tree.map(lambda g: g[0], gradients) | {name: np.ones(7, np.float32) for name in others})
+    more = {name: None if x is None else np.ones(7, np.float32) for name, x in others.items()}
+    fresh = tx.init(jax.tree.map(lambda g: g[0], gradients) | more)
     m, v, product = by_the_formulas(reference, gradients)
     numbers = ScaleByNadamState(STEPS, product, m | others, v | others)
     return set_state(fresh, jax.tree.map(lambda like, x: jnp.asarray(x, like.dtype), get_state(fresh), numbers))
@@ -129,8 +130,8 @@ WRAPPED: dict[str, Any] = {
 def test_found_at_any_depth(rng, how):
     """Masked and missing leaves do not count, and what is injected into another transformation is not ours."""
     gradients, reference = random_gradients(rng, np.float32), Nadam(**HYPERPARAMETERS)
-    masked: dict[str, Any] = {"frozen": optax.MaskedNode()} if how == "masked" else {}
-    state = after_all(WRAPPED[how], reference, gradients, **masked)
+    more: dict[str, Any] = {"frozen": optax.MaskedNode()} if how == "masked" else {"none": None}
+    state = after_all(WRAPPED[how], reference, gradients, **more)
     expected = expected_scalars(reference, gradients)
     chex.assert_trees_all_close(compiled_scalars(state, NadamConfig(**HYPERPARAMETERS)), expected, rtol=3e-6)
 

@@ -70,7 +70,7 @@ def started(*arguments):
 
 
 def over_two_processes(folder):
-    """What the first process reports; both train in every layout."""
+    """What the first process reports; both train with all arrays split."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
