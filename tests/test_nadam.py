@@ -1,7 +1,7 @@
 """The update: its values, its dtypes, its state.
 
 - One update is within 3e-7 of float64 for every rule, steps 1 to 10^7, with hyperparameters that are numbers, or arrays
-  with b2 from .5 to .99999, of four rules also outside jit; the worst is 1.7e-7 (``benchmarks/precision.py``). Of
+  with b2 from .5 to .99999, of three rules also outside jit; the worst is 1.7e-7 (``benchmarks/precision.py``). Of
   float64 leaves: 1e-14.
 - A thousand updates and their moments are within 1e-6, on trees of any leaves.
 - Every variant takes the steps that its framework takes, within 2e-7.

@@ -1,7 +1,7 @@
 """A state in host memory, on CPU devices.
 
 - Steps with the state in host memory, in one piece or an entry of the params at a time, are those of a state on the
-  device: bit for bit, in every format, also where it is split over devices.
+  device: bit for bit, in float32 and 8 bits, also where it is split over devices.
 - A state stays in host memory when it is loaded, converted, given master weights or restored by Orbax.
 """
 
