@@ -10,8 +10,8 @@ import pytest
 from tests.reference import FURTHER_RULES, RULES
 
 every_rule = pytest.mark.parametrize("rule", RULES + FURTHER_RULES)
-# The default; where m decays by mu and v looks ahead; where epsilon is elsewhere. The others differ from these in scalars
-# alone, adam's of the gradient is 0, which tests with every rule check; here they are for ``run.py long``.
+# The default; where m decays by mu and v looks ahead; where epsilon is elsewhere. The others differ from these in
+# scalars alone (adam's of the gradient is 0), which tests with every rule check; here they are for ``run.py long``.
 DISTINCT = {"scheduled", "dozat2016", "eps_hat"}
 FEW_RULES = [(rule, () if rule in DISTINCT else pytest.mark.long) for rule in RULES + FURTHER_RULES]
 few_rules = pytest.mark.parametrize("rule", [pytest.param(rule, marks=marks) for rule, marks in FEW_RULES])
